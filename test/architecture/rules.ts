@@ -14,6 +14,8 @@ export type Files = ReadonlyMap<string, string>
 /** Rooms whose folders are entries of a registry. */
 const REGISTRIES = ['formats', 'volumes', 'filesystems']
 const FIRST_ROOM_WITH_PACKAGES = 'live'
+/** The package's entry: re-exports doors, and nothing else. */
+const LIBRARY_DOOR = 'src/index.ts'
 
 export function breaches(files: Files): string[] {
   const rooms = readRooms(files.get('ARCHITECTURE.md') ?? '')
@@ -27,6 +29,10 @@ export function breaches(files: Files): string[] {
       found.push(`src/${room}: stands in the table but has no index.ts`)
   }
   for (const [path, text] of sources) {
+    if (path === LIBRARY_DOOR) {
+      found.push(...judgeLibraryDoor(text, rooms))
+      continue
+    }
     const room = path.split('/')[1]!
     if (!rooms.has(room)) {
       found.push(`${path}: not in a room of the table`)
@@ -76,6 +82,12 @@ function judgeImport(path: string, target: string, rooms: ReadonlyMap<string, Ro
   if (parts.length !== 3 || parts[2] !== 'index.ts')
     return [`${path}: imports the inside ${resolved}, not the door`]
   return []
+}
+
+function judgeLibraryDoor(text: string, rooms: ReadonlyMap<string, Room>): string[] {
+  return imports(text)
+    .filter((target) => !rooms.has(target.match(/^\.\/([a-z]+)\/index\.ts$/)?.[1] ?? ''))
+    .map((target) => `${LIBRARY_DOOR}: imports ${target}, which is not the door of a room`)
 }
 
 /** Every module that `text` names in an import, an export-from, a dynamic import or a worker URL. */
