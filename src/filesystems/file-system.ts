@@ -5,9 +5,11 @@
  * error, checksum mismatch, unknown feature bit, size mismatch, a journal that cannot be replayed) throws
  * `NotTrusted` (or any VarveError): the room `inuse` then takes the whole region as in use, with that reason.
  */
-import { type Context, VarveError } from '../base/index.ts'
+import type { Context } from '../base/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import type { RangeSet } from '../extents/index.ts'
+
+export { NotTrusted } from '../base/index.ts'
 
 /** `exact`: on-disk metadata alone decides · `replayed`: after a journal replay in memory · `assumed`: all in use. */
 export type Trust = 'exact' | 'replayed' | 'assumed'
@@ -45,21 +47,4 @@ export interface FileSystemType {
   probe(device: BlockDevice): Promise<boolean>
   /** Parses what is needed to describe it. @throws NotTrusted, CORRUPT, LIMIT */
   open(device: BlockDevice, context: Context): Promise<FileSystem>
-}
-
-/** Why a region is taken as wholly in use. The codes are listed in docs/errors.md. */
-export class NotTrusted extends VarveError {
-  readonly reason: string
-  /** What is known of the region all the same (kind, label, uuid), for print. */
-  readonly about: {
-    readonly kind?: string
-    readonly uuid?: string | undefined
-    readonly label?: string | undefined
-  }
-
-  constructor(reason: string, message: string, about: NotTrusted['about'] = {}) {
-    super('UNSUPPORTED', message, { fields: { reason } })
-    this.reason = reason
-    this.about = about
-  }
 }
