@@ -253,6 +253,10 @@ export function fromSystem(error: unknown, doing: string, path: string): VarveEr
     case 'EBUSY':
     case 'ETXTBSY':
       return new VarveError('LOCKED', `Cannot ${doing} ${path}: it is in use`, options)
+    case 'EOPNOTSUPP':
+    case 'ENOTSUP':
+    case 'ENOSYS':
+      return new VarveError('UNSUPPORTED', `Cannot ${doing} ${path}: this host does not offer it`, options)
     case 'ABORT_ERR':
       return new VarveError('CANCELLED', `Cannot ${doing} ${path}: interrupted`, options)
     default:

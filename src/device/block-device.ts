@@ -68,6 +68,17 @@ export function checkRange(size: number, offset: number, length: number): void {
   }
 }
 
+/** As `checkRange`, for `extents`: a request for no bytes has no answer, so it is a RangeError too. */
+export function checkExtentRange(size: number, offset: number, length: number): void {
+  checkRange(size, offset, length)
+  if (length === 0) throw new RangeError(`extents of no bytes at ${offset}`)
+}
+
+/** Throws TypeError once a device is disposed of: using it then is the caller's bug. */
+export function checkOpen(disposed: unknown): void {
+  if (disposed) throw new TypeError('device is disposed')
+}
+
 /** `length` bytes at `offset` in a new buffer. The caller has checked `length` against the file or a limit. */
 export async function readBytes(
   device: BlockDevice,

@@ -56,6 +56,10 @@ export class ExtentList {
     return last && last.offset + last.length
   }
 
+  get last(): Extent | undefined {
+    return this.#list.at(-1)
+  }
+
   finish(): readonly Extent[] {
     assert(this.#list.length > 0, 'extents are not empty')
     return this.#list
