@@ -12,6 +12,10 @@ export interface BackingReference {
   readonly name: string
   /** Format as the image names it; undefined when it does not (then nothing may be probed). */
   readonly format: string | undefined
+  /** Further names that the image gives for the same file, to be tried in this order after `name`. */
+  readonly otherNames?: readonly string[]
+  /** Identity (`ImageLayer.id`) that the backing image had when this one was made; another one is MISMATCH. */
+  readonly id?: string
 }
 
 /** A fact of the format for `varve inspect`: cluster size, version, creator. */
@@ -22,6 +26,8 @@ export interface ImageLayer extends BlockDevice {
   readonly format: string
   readonly backing: BackingReference | undefined
   readonly facts: FormatFacts
+  /** The image's own identity, where the format has one (the uuid of a VHD). */
+  readonly id?: string
 }
 
 export interface WritableImageLayer extends ImageLayer, WritableBlockDevice {}
