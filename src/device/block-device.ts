@@ -8,8 +8,12 @@
  * - `read` fills the whole buffer or throws; it is never short. Calls may overlap in time.
  * - A wrapper writes out every method (no base class, no Proxy), so that a new method breaks the build, not data.
  * - Whoever opened a device disposes of it. A wrapper owns what it wraps unless its comment says "borrows".
- * - After dispose every method throws.
+ * - After dispose every method throws TypeError; to dispose twice does nothing.
+ * - A signal that has fired makes a call reject with CANCELLED before it starts its work; what it had begun may
+ *   be done in part.
+ * - A wrapper that can write has the three methods at all times; over a device that cannot they throw READ_ONLY.
  */
+import { VarveError } from '../base/index.ts'
 import type { Extent } from '../extents/index.ts'
 
 /** Features are data: ask first, refuse by code. */
@@ -115,4 +119,10 @@ export function isWritable(device: BlockDevice): device is WritableBlockDevice {
 
 export function isResizable(device: BlockDevice): device is ResizableBlockDevice {
   return device.features.write && device.features.resize
+}
+
+/** The device as a writable one. @throws READ_ONLY when it is not */
+export function asWritable(device: BlockDevice): WritableBlockDevice {
+  if (isWritable(device)) return device
+  throw new VarveError('READ_ONLY', 'Cannot write: found a device open for reading, expected one for writing')
 }

@@ -1,6 +1,13 @@
 /** Rank 2: the interface in the middle and its wrappers; `host/` holds every system call. */
 export * from './block-device.ts'
+export * from './cached.ts'
+export * from './concat.ts'
+export * from './counting.ts'
+export * from './crash.ts'
+export * from './fault.ts'
 export * from './host/index.ts'
 export * from './memory.ts'
 export * from './overlay.ts'
+export * from './read-only.ts'
 export * from './slice.ts'
+export * from './zero.ts'

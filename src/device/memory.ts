@@ -1,6 +1,13 @@
 /** A device whose bytes are an array: tests, small metadata, decoded streams. */
+import { throwIfAborted } from '../base/index.ts'
 import type { Extent } from '../extents/index.ts'
-import { checkRange, type Features, type ResizableBlockDevice } from './block-device.ts'
+import {
+  checkExtentRange,
+  checkOpen,
+  checkRange,
+  type Features,
+  type ResizableBlockDevice,
+} from './block-device.ts'
 
 export class MemoryDevice implements ResizableBlockDevice {
   readonly blockSize: number
@@ -23,32 +30,34 @@ export class MemoryDevice implements ResizableBlockDevice {
     return this.#bytes
   }
 
-  async read(offset: number, into: Uint8Array): Promise<void> {
-    this.#use(offset, into.length)
+  async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
+    this.#use(offset, into.length, signal)
     into.set(this.#bytes.subarray(offset, offset + into.length))
   }
 
-  async extents(offset: number, length: number): Promise<readonly Extent[]> {
-    this.#use(offset, length)
+  async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
+    this.#use(offset, length, signal)
+    checkExtentRange(this.#bytes.length, offset, length)
     return [{ offset, length, kind: 'data' }]
   }
 
-  async write(offset: number, bytes: Uint8Array): Promise<void> {
-    this.#use(offset, bytes.length)
+  async write(offset: number, bytes: Uint8Array, signal?: AbortSignal): Promise<void> {
+    this.#use(offset, bytes.length, signal)
     this.#bytes.set(bytes, offset)
   }
 
-  async zero(offset: number, length: number): Promise<void> {
-    this.#use(offset, length)
+  async zero(offset: number, length: number, signal?: AbortSignal): Promise<void> {
+    this.#use(offset, length, signal)
     this.#bytes.fill(0, offset, offset + length)
   }
 
-  async flush(): Promise<void> {
-    this.#use(0, 0)
+  async flush(signal?: AbortSignal): Promise<void> {
+    this.#use(0, 0, signal)
   }
 
-  async resize(size: number): Promise<void> {
-    this.#use(0, 0)
+  async resize(size: number, signal?: AbortSignal): Promise<void> {
+    this.#use(0, 0, signal)
+    if (!Number.isSafeInteger(size) || size < 0) throw new RangeError(`size ${size} is not a size`)
     const bytes = new Uint8Array(size)
     bytes.set(this.#bytes.subarray(0, Math.min(size, this.#bytes.length)))
     this.#bytes = bytes
@@ -58,8 +67,9 @@ export class MemoryDevice implements ResizableBlockDevice {
     this.#disposed = true
   }
 
-  #use(offset: number, length: number): void {
-    if (this.#disposed) throw new Error('device is disposed')
+  #use(offset: number, length: number, signal: AbortSignal | undefined): void {
+    checkOpen(this.#disposed)
+    throwIfAborted(signal)
     checkRange(this.#bytes.length, offset, length)
   }
 }

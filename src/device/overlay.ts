@@ -3,19 +3,24 @@
  * patch wins. Borrows the device below.
  *
  * Rule: an original is never modified by a read path; whatever a replay changes lives here and dies with it.
+ *
+ * Patches are kept in pages, so that a later one over an earlier one takes no further memory, and the limit on
+ * what is held (LIMITS.overlayBytes) is a limit on memory. What is patched in a page is a RangeSet, undefined
+ * once all of it is: a journal of whole blocks, the usual one, never makes one.
  */
 import { LIMITS, VarveError } from '../base/index.ts'
-import { type Extent, ExtentList, RangeSet } from '../extents/index.ts'
-import { type BlockDevice, checkRange, type Features } from './block-device.ts'
+import { type Extent, ExtentList, RangeSet, RangeSetBuilder } from '../extents/index.ts'
+import { type BlockDevice, checkExtentRange, checkOpen, checkRange, type Features } from './block-device.ts'
 
-/** Patches are kept in pages of this many bytes, so that many small ones cost one look-up. */
 const PAGE = 4096
 
 interface Page {
   readonly bytes: Uint8Array
-  /** Which of `bytes` are patched. */
-  patched: RangeSet
+  /** Which of `bytes` are patched; undefined: all. */
+  patched: RangeSet | undefined
 }
+
+const ALL: RangeSet = RangeSet.of(0, PAGE)
 
 export class OverlayDevice implements BlockDevice {
   readonly size: number
@@ -23,6 +28,9 @@ export class OverlayDevice implements BlockDevice {
   readonly features: Features
   readonly #inner: BlockDevice
   readonly #pages = new Map<number, Page>()
+  /** Of all pages, in bytes of the device; undefined after a patch. */
+  #patched: RangeSet | undefined = RangeSet.empty
+  #disposed = false
 
   constructor(inner: BlockDevice) {
     this.#inner = inner
@@ -38,59 +46,76 @@ export class OverlayDevice implements BlockDevice {
 
   /** Every byte that differs in origin from the device below (its value may be the same). */
   get patched(): RangeSet {
-    const ranges = []
-    for (const [index, page] of this.#pages) ranges.push(...page.patched.shift(index * PAGE))
-    return RangeSet.from(ranges)
+    if (!this.#patched) {
+      const builder = new RangeSetBuilder()
+      for (const [index, page] of this.#pages) {
+        const base = index * PAGE
+        const patched = page.patched ?? ALL
+        for (let i = 0; i < patched.count; i++)
+          builder.add(base + patched.startAt(i), base + patched.endAt(i))
+      }
+      this.#patched = builder.build()
+    }
+    return this.#patched
   }
 
+  /** Copies `bytes` over what stands at `offset`. @throws LIMIT when too much would be held in memory */
   patch(offset: number, bytes: Uint8Array): void {
+    checkOpen(this.#disposed)
     checkRange(this.size, offset, bytes.length)
-    let done = 0
-    while (done < bytes.length) {
+    this.#patched = undefined
+    for (let done = 0; done < bytes.length; ) {
       const index = Math.floor((offset + done) / PAGE)
       const from = offset + done - index * PAGE
       const length = Math.min(PAGE - from, bytes.length - done)
       const page = this.#page(index)
       page.bytes.set(bytes.subarray(done, done + length), from)
-      page.patched = page.patched.union(RangeSet.of(from, from + length))
+      if (length === PAGE) page.patched = undefined
+      else if (page.patched && !page.patched.covers(from, from + length)) {
+        const patched = page.patched.union(RangeSet.of(from, from + length))
+        page.patched = patched.covers(0, PAGE) ? undefined : patched
+      }
       done += length
     }
   }
 
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
+    checkOpen(this.#disposed)
     checkRange(this.size, offset, into.length)
-    await this.#inner.read(offset, into, signal)
     const end = offset + into.length
-    for (let index = Math.floor(offset / PAGE); index * PAGE < end; index++) {
-      const page = this.#pages.get(index)
-      if (!page) continue
-      const base = index * PAGE
-      for (const { start, end: stop } of page.patched.clip(offset - base, end - base)) {
-        into.set(page.bytes.subarray(start, stop), base + start - offset)
+    if (into.length === 0 || !this.#covers(offset, end)) await this.#inner.read(offset, into, signal)
+    const first = Math.floor(offset / PAGE)
+    const last = Math.ceil(end / PAGE)
+    if (last - first <= this.#pages.size) {
+      for (let index = first; index < last; index++) {
+        const page = this.#pages.get(index)
+        if (page) copyPatched(page, index * PAGE, offset, into)
+      }
+    } else {
+      for (const [index, page] of this.#pages) {
+        if (index >= first && index < last) copyPatched(page, index * PAGE, offset, into)
       }
     }
   }
 
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
-    checkRange(this.size, offset, length)
+    checkOpen(this.#disposed)
+    checkExtentRange(this.size, offset, length)
     const below = await this.#inner.extents(offset, length, signal)
-    if (this.#pages.size === 0) return below
-    const patched = this.patched
+    const { patched } = this
     const list = new ExtentList()
     for (const extent of below) {
-      let at = extent.offset
+      const { kind, at: place } = extent
       const end = extent.offset + extent.length
+      let at = extent.offset
       const keep = (to: number): void =>
-        list.add(
-          at,
-          to - at,
-          extent.kind,
-          extent.at && { file: extent.at.file, offset: extent.at.offset + at - extent.offset },
-        )
-      for (const hit of patched.clip(at, end)) {
-        keep(hit.start)
-        list.add(hit.start, hit.end - hit.start, 'data')
-        at = hit.end
+        list.add(at, to - at, kind, place && { ...place, offset: place.offset + at - extent.offset })
+      for (let i = patched.indexAfter(at); i < patched.count && patched.startAt(i) < end; i++) {
+        const start = Math.max(patched.startAt(i), at)
+        const stop = Math.min(patched.endAt(i), end)
+        keep(start)
+        list.add(start, stop - start, 'data')
+        at = stop
       }
       keep(end)
     }
@@ -98,13 +123,27 @@ export class OverlayDevice implements BlockDevice {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    this.#disposed = true
     this.#pages.clear()
+    this.#patched = RangeSet.empty
+  }
+
+  /** True when every byte of `[offset, end)` is patched: then the device below is not asked at all. */
+  #covers(offset: number, end: number): boolean {
+    for (let index = Math.floor(offset / PAGE); index * PAGE < end; index++) {
+      const page = this.#pages.get(index)
+      if (!page) return false
+      const base = index * PAGE
+      if (page.patched && !page.patched.covers(Math.max(offset - base, 0), Math.min(end - base, PAGE)))
+        return false
+    }
+    return true
   }
 
   #page(index: number): Page {
     let page = this.#pages.get(index)
     if (!page) {
-      if (this.heldBytes >= LIMITS.overlayBytes) {
+      if (this.heldBytes + PAGE > LIMITS.overlayBytes) {
         throw new VarveError(
           'LIMIT',
           `Cannot replay: found more than ${LIMITS.overlayBytes} bytes of patches`,
@@ -114,5 +153,16 @@ export class OverlayDevice implements BlockDevice {
       this.#pages.set(index, page)
     }
     return page
+  }
+}
+
+/** Copies what `page`, which stands at `base`, has for a read of `into` at `offset`. */
+function copyPatched(page: Page, base: number, offset: number, into: Uint8Array): void {
+  const from = Math.max(offset - base, 0)
+  const to = Math.min(offset + into.length - base, PAGE)
+  const patched = page.patched ?? ALL
+  for (let i = patched.indexAfter(from); i < patched.count && patched.startAt(i) < to; i++) {
+    const start = Math.max(patched.startAt(i), from)
+    into.set(page.bytes.subarray(start, Math.min(patched.endAt(i), to)), base + start - offset)
   }
 }

@@ -1,13 +1,25 @@
-/** `[offset, offset + length)` of another device, as a device: a partition. Borrows what it cuts from. */
+/**
+ * `[offset, offset + length)` of another device, as a device: a partition. Writes go through where the device
+ * below takes them. Borrows what it cuts from.
+ */
 import { type Extent, ExtentList } from '../extents/index.ts'
-import { type BlockDevice, checkRange, type Features } from './block-device.ts'
+import {
+  asWritable,
+  type BlockDevice,
+  checkExtentRange,
+  checkOpen,
+  checkRange,
+  type Features,
+  type WritableBlockDevice,
+} from './block-device.ts'
 
-export class SliceDevice implements BlockDevice {
+export class SliceDevice implements WritableBlockDevice {
   readonly size: number
   readonly blockSize: number
   readonly features: Features
   readonly #inner: BlockDevice
   readonly #offset: number
+  #disposed = false
 
   constructor(inner: BlockDevice, offset: number, length: number) {
     checkRange(inner.size, offset, length)
@@ -15,16 +27,17 @@ export class SliceDevice implements BlockDevice {
     this.#offset = offset
     this.size = length
     this.blockSize = inner.blockSize
-    this.features = { ...inner.features, write: false, resize: false }
+    this.features = { ...inner.features, resize: false }
   }
 
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
-    checkRange(this.size, offset, into.length)
+    this.#use(offset, into.length)
     await this.#inner.read(this.#offset + offset, into, signal)
   }
 
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
-    checkRange(this.size, offset, length)
+    checkOpen(this.#disposed)
+    checkExtentRange(this.size, offset, length)
     const list = new ExtentList()
     for (const extent of await this.#inner.extents(this.#offset + offset, length, signal)) {
       list.add(extent.offset - this.#offset, extent.length, extent.kind, extent.at)
@@ -32,5 +45,28 @@ export class SliceDevice implements BlockDevice {
     return list.finish()
   }
 
-  async [Symbol.asyncDispose](): Promise<void> {}
+  async write(offset: number, bytes: Uint8Array, signal?: AbortSignal): Promise<void> {
+    this.#use(offset, bytes.length)
+    await asWritable(this.#inner).write(this.#offset + offset, bytes, signal)
+  }
+
+  async zero(offset: number, length: number, signal?: AbortSignal): Promise<void> {
+    this.#use(offset, length)
+    await asWritable(this.#inner).zero(this.#offset + offset, length, signal)
+  }
+
+  /** Flushes the whole device below. */
+  async flush(signal?: AbortSignal): Promise<void> {
+    this.#use(0, 0)
+    await asWritable(this.#inner).flush(signal)
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#disposed = true
+  }
+
+  #use(offset: number, length: number): void {
+    checkOpen(this.#disposed)
+    checkRange(this.size, offset, length)
+  }
 }

@@ -91,6 +91,10 @@ export class HostFileDevice implements ResizableBlockDevice {
     return this.#size
   }
 
+  get isDisposed(): boolean {
+    return this.#closed !== undefined
+  }
+
   /** Bytes that the host holds for it (st_blocks); a block device holds all of its size. */
   async allocatedBytes(): Promise<number> {
     checkOpen(this.#closed)
