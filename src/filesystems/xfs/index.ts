@@ -1,0 +1,2 @@
+/** XFS v4 and v5. */
+export { xfsType } from './xfs.ts'
