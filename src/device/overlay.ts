@@ -8,7 +8,7 @@
  * what is held (LIMITS.overlayBytes) is a limit on memory. What is patched in a page is a RangeSet, undefined
  * once all of it is: a journal of whole blocks, the usual one, never makes one.
  */
-import { LIMITS, VarveError } from '../base/index.ts'
+import { LIMITS, throwIfAborted, VarveError } from '../base/index.ts'
 import { type Extent, ExtentList, RangeSet, RangeSetBuilder } from '../extents/index.ts'
 import { type BlockDevice, checkExtentRange, checkOpen, checkRange, type Features } from './block-device.ts'
 
@@ -82,8 +82,13 @@ export class OverlayDevice implements BlockDevice {
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
     checkOpen(this.#disposed)
     checkRange(this.size, offset, into.length)
+    throwIfAborted(signal)
     const end = offset + into.length
-    if (into.length === 0 || !this.#covers(offset, end)) await this.#inner.read(offset, into, signal)
+    if (into.length === 0 || !this.#covers(offset, end)) {
+      await this.#inner.read(offset, into, signal)
+      // Disposed of meanwhile, the patches are gone: what was read is not what this device holds.
+      checkOpen(this.#disposed)
+    }
     const first = Math.floor(offset / PAGE)
     const last = Math.ceil(end / PAGE)
     if (last - first <= this.#pages.size) {
@@ -102,6 +107,7 @@ export class OverlayDevice implements BlockDevice {
     checkOpen(this.#disposed)
     checkExtentRange(this.size, offset, length)
     const below = await this.#inner.extents(offset, length, signal)
+    checkOpen(this.#disposed)
     const { patched } = this
     const list = new ExtentList()
     for (const extent of below) {
