@@ -1,0 +1,179 @@
+/**
+ * XFS: snapshots of a running file system. Everything that the map calls unused is overwritten; then the kernel must
+ * recover the log, find every file as it finds it without that, and xfs_repair must have nothing to say.
+ *
+ * The image lies on another XFS and is cloned there while programs write to it: a clone is one moment of the file,
+ * as the snapshot of a virtual machine's disk is.
+ */
+import assert from 'node:assert/strict'
+import { type ChildProcess, spawn } from 'node:child_process'
+import { createHash } from 'node:crypto'
+import { once } from 'node:events'
+import { lstatSync, readdirSync, readFileSync } from 'node:fs'
+import { open, rm } from 'node:fs/promises'
+import { join } from 'node:path'
+import { describe, test } from 'node:test'
+import { setTimeout } from 'node:timers/promises'
+import { openHostFile } from '../../src/device/index.ts'
+import type { UsedMap } from '../../src/filesystems/index.ts'
+import { xfsType } from '../../src/filesystems/xfs/index.ts'
+import { must, needs, needsRoot, Random, run, tempDir } from '../kit/index.ts'
+import { freeByXfsDb, makeXfs } from '../kit/xfs.ts'
+import { mounted } from './mount.ts'
+
+interface Variant {
+  readonly args: readonly string[]
+  readonly mib?: number
+  readonly mountOptions?: string
+  readonly snapshots: number
+  readonly pauseMs: number
+  /** Some snapshot must have a log that goes around its end. */
+  readonly wraps?: boolean
+}
+
+const SMALL_LOG = ['-l', 'size=6m']
+const VARIANTS: Readonly<Record<string, Variant>> = {
+  'as mkfs makes it': { args: [], mib: 320, snapshots: 3, pauseMs: 500 },
+  'records of 256 KiB': { args: [], mountOptions: 'logbsize=256k', mib: 320, snapshots: 2, pauseMs: 600 },
+  'reverse map, 1k blocks': {
+    args: ['-m', 'rmapbt=1', '-b', 'size=1k'],
+    mib: 320,
+    snapshots: 2,
+    pauseMs: 600,
+  },
+  'a small log that wraps': { args: SMALL_LOG, mib: 200, snapshots: 5, pauseMs: 500, wraps: true },
+  '4k sectors, a wrapping log': {
+    args: ['-s', 'size=4k', '-l', 'size=6m'],
+    mib: 200,
+    snapshots: 3,
+    pauseMs: 800,
+    wraps: true,
+  },
+}
+
+describe('XFS under load', {
+  skip: needs('mkfs.xfs', 'xfs_db', 'xfs_repair', 'xfs_logprint', 'mount') || needsRoot(),
+}, () => {
+  for (const [name, variant] of Object.entries(VARIANTS)) {
+    test(name, async (t) => {
+      const random = new Random()
+      t.diagnostic(`seed ${random.seed}`)
+      await using dir = await tempDir()
+      await makeXfs(dir.file('host'), { mib: 3072 })
+      await using host = await mounted(dir.file('host'), { type: 'xfs' })
+      const snapshots = await takeSnapshots(host.path, variant, random)
+      let wrapped = 0
+      for (const snapshot of snapshots) {
+        if (await isWrapped(snapshot)) wrapped++
+        await judge(snapshot, `${name}, ${snapshot}, seed ${random.seed}`)
+        await rm(snapshot)
+      }
+      t.diagnostic(`${wrapped} of ${snapshots.length} logs wrapped`)
+      if (variant.wraps) assert.ok(wrapped > 0, 'no log was wrapped')
+    })
+  }
+})
+
+async function takeSnapshots(host: string, variant: Variant, random: Random): Promise<string[]> {
+  const image = join(host, 'image')
+  await makeXfs(image, { ...variant, small: variant.args.includes('-l') })
+  const taken: string[] = []
+  await using mount = await mounted(image, {
+    type: 'xfs',
+    ...(variant.mountOptions ? { options: variant.mountOptions } : {}),
+  })
+  const loads = ['a', 'b'].map((part) => startLoad(join(mount.path, part), random))
+  try {
+    await Promise.all(loads.map((load) => once(load.stdout!, 'data')))
+    for (let i = 0; i < variant.snapshots; i++) {
+      await setTimeout(variant.pauseMs + random.below(200))
+      const to = join(host, `snapshot-${i}`)
+      await must('cp', ['--reflink=always', image, to])
+      taken.push(to)
+    }
+  } finally {
+    for (const load of loads) load.kill('SIGKILL')
+    await Promise.all(loads.map((load) => load.exitCode ?? load.signalCode ?? once(load, 'exit')))
+  }
+  return taken
+}
+
+function startLoad(folder: string, random: Random): ChildProcess {
+  const script = join(import.meta.dirname, 'xfs-load.ts')
+  const seed = String(random.below(2 ** 31))
+  return spawn(process.execPath, [script, folder, seed], { stdio: ['ignore', 'pipe', 'inherit'] })
+}
+
+async function isWrapped(image: string): Promise<boolean> {
+  const said = await must('xfs_logprint', ['-t', image])
+  const [, tail, head] = /log tail: (\d+) head: (\d+) state: <DIRTY>/.exec(said) ?? []
+  assert.ok(tail !== undefined, `the log is dirty: ${said.slice(0, 300)}`)
+  return Number(tail) > Number(head)
+}
+
+async function judge(snapshot: string, what: string): Promise<void> {
+  const map = await usedMap(snapshot)
+  assert.equal(map.trust, 'replayed', what)
+
+  const poisoned = `${snapshot}-poisoned`
+  const recovered = `${snapshot}-recovered`
+  await must('cp', ['--reflink=always', snapshot, poisoned])
+  await must('cp', ['--reflink=always', snapshot, recovered])
+  const bytes = await poison(poisoned, map)
+  assert.ok(bytes > 0, what)
+  const expected = await recoverAndHash(recovered)
+  const found = await recoverAndHash(poisoned)
+  assert.ok(expected.size > 5, `${expected.size} files in ${what}`)
+  const differ = [...expected].filter(([path, hash]) => found.get(path) !== hash).map(([path]) => path)
+  assert.deepEqual(differ, [], `files that differ after the poison (${what})`)
+  assert.equal(found.size, expected.size, what)
+  for (const image of [recovered, poisoned]) {
+    const repair = await run('xfs_repair', ['-n', '-f', image])
+    assert.equal(repair.code, 0, `xfs_repair of ${image} (${what}): ${repair.stderr}`)
+  }
+
+  // What the kernel has after the recovery, but for blocks that it took anew while at it.
+  const { btree, freeLists } = await freeByXfsDb(recovered)
+  const kernelUses = btree.union(freeLists).complement(0, map.ranges.end!)
+  const missing = kernelUses.subtract(map.ranges)
+  assert.ok(missing.size <= 0, `in use after recovery and not in the map: ${missing} (${what})`)
+  await rm(poisoned)
+  await rm(recovered)
+}
+
+async function usedMap(image: string): Promise<UsedMap> {
+  await using device = await openHostFile(image)
+  return await (await xfsType.open(device, {})).used({})
+}
+
+async function poison(image: string, map: UsedMap): Promise<number> {
+  const file = await open(image, 'r+')
+  try {
+    const { size } = await file.stat()
+    const fill = Buffer.alloc(1 << 20, 0xa5)
+    let total = 0
+    for (const { start, end } of map.ranges.complement(0, size)) {
+      for (let at = start; at < end; at += fill.length) {
+        const length = Math.min(fill.length, end - at)
+        await file.write(fill, 0, length, at)
+        total += length
+      }
+    }
+    return total
+  } finally {
+    await file.close()
+  }
+}
+
+/** Mounts, which recovers the log, and hashes every file; then unmounts. */
+async function recoverAndHash(image: string): Promise<Map<string, string>> {
+  await using mount = await mounted(image, { type: 'xfs', options: 'nouuid' })
+  const hashes = new Map<string, string>()
+  for (const entry of readdirSync(mount.path, { recursive: true, encoding: 'utf8' })) {
+    const path = join(mount.path, entry)
+    const stat = lstatSync(path)
+    const content = stat.isFile() ? createHash('sha256').update(readFileSync(path)).digest('hex') : 'folder'
+    hashes.set(entry, `${stat.size} ${content}`)
+  }
+  return hashes
+}
