@@ -114,6 +114,7 @@ export class Bitmap {
 
   /** `skip` is the word that holds nothing of interest: 0 when looking for set bits, ~0 for clear ones. */
   #next(from: number, skip: 0 | 0xffffffff): number {
+    assert(from >= 0, 'search starts inside the bitmap')
     if (from >= this.length) return this.length
     const words = this.#words
     let index = Math.floor(from / 32)

@@ -71,8 +71,12 @@ function runsOn(last: Extent, at: HostPlace | undefined): boolean {
   return last.at.file === at.file && last.at.offset + last.length === at.offset
 }
 
-/** Cuts an extent to `[start, end)`; both must lie inside it. */
+/** Cuts an extent to `[start, end)`, which is not empty and lies inside it. */
 export function cutExtent(extent: Extent, start: number, end: number): Extent {
+  assert(
+    extent.offset <= start && start < end && end <= extent.offset + extent.length,
+    'cut lies in its extent',
+  )
   const skip = start - extent.offset
   const cut = { offset: start, length: end - start, kind: extent.kind }
   return extent.at ? { ...cut, at: { file: extent.at.file, offset: extent.at.offset + skip } } : cut

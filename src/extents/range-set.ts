@@ -23,8 +23,9 @@ export class RangeSet {
 
   static readonly empty: RangeSet = new RangeSet(new Float64Array(0))
 
-  /** One range, or the empty set when `start >= end`. */
+  /** One range, or the empty set when `start >= end`. Bounds must be safe integers. */
   static of(start: number, end: number): RangeSet {
+    assert(Number.isSafeInteger(start) && Number.isSafeInteger(end), 'bounds are safe integers')
     return start < end ? new RangeSet(Float64Array.of(start, end)) : RangeSet.empty
   }
 
@@ -43,6 +44,18 @@ export class RangeSet {
     assert(bounds.length % 2 === 0, 'bounds come in pairs')
     for (let i = 1; i < bounds.length; i++) assert(bounds[i - 1]! < bounds[i]!, 'bounds ascend')
     return bounds.length === 0 ? RangeSet.empty : new RangeSet(bounds)
+  }
+
+  /** Takes over a merge's result; keeps the unused end of its array only while that is small. */
+  static #done({ out, n }: Filled): RangeSet {
+    if (n === 0) return RangeSet.empty
+    return new RangeSet(n * 2 < out.length ? out.slice(0, n) : out.subarray(0, n))
+  }
+
+  /** For results of arithmetic on bounds, which must not leave the safe integers. */
+  static #checked(set: RangeSet): RangeSet {
+    assert(Number.isSafeInteger(set.first) && Number.isSafeInteger(set.end), 'bounds are safe integers')
+    return set
   }
 
   /** Number of ranges. */
@@ -118,20 +131,18 @@ export class RangeSet {
   union(other: RangeSet): RangeSet {
     if (this.isEmpty) return other
     if (other.isEmpty) return this
-    return merge(this.#bounds, other.#bounds, 1)
+    return RangeSet.#done(unionOf(this.#bounds, other.#bounds))
   }
 
   intersect(other: RangeSet): RangeSet {
     if (this.isEmpty || other.isEmpty) return RangeSet.empty
-    return merge(this.#bounds, other.#bounds, 2)
+    return RangeSet.#done(intersectionOf(this.#bounds, other.#bounds))
   }
 
   /** Members of this set that are not in `other`. */
   subtract(other: RangeSet): RangeSet {
     if (this.isEmpty || other.isEmpty) return this
-    const end = Math.max(this.end!, other.end!)
-    const start = Math.min(this.first!, other.first!)
-    return this.intersect(other.complement(start, end))
+    return RangeSet.#done(differenceOf(this.#bounds, other.#bounds))
   }
 
   /** Members of `[start, end)` that are not in this set. */
@@ -160,16 +171,19 @@ export class RangeSet {
   clip(start: number, end: number): RangeSet {
     if (start >= end || this.isEmpty) return RangeSet.empty
     if (this.first! >= start && this.end! <= end) return this
-    const out: number[] = []
-    for (let i = this.indexAfter(start); i < this.count && this.startAt(i) < end; i++) {
-      out.push(Math.max(this.startAt(i), start), Math.min(this.endAt(i), end))
-    }
-    return out.length === 0 ? RangeSet.empty : new RangeSet(Float64Array.from(out))
+    const from = this.indexAfter(start)
+    let to = this.indexAfter(end - 1)
+    if (to < this.count && this.startAt(to) < end) to++
+    if (from >= to) return RangeSet.empty
+    const out = this.#bounds.slice(from * 2, to * 2)
+    out[0] = Math.max(out[0]!, start)
+    out[out.length - 1] = Math.min(out[out.length - 1]!, end)
+    return new RangeSet(out)
   }
 
   /** Every bound rounded outward to a multiple of `unit`, as rule 1 asks: never smaller than this set. */
   coarsen(unit: number): RangeSet {
-    assert(unit > 0, 'unit is positive')
+    assert(Number.isSafeInteger(unit) && unit > 0, 'unit is a positive integer')
     const out = new Float64Array(this.#bounds.length)
     let n = 0
     for (let i = 0; i < this.#bounds.length; i += 2) {
@@ -181,7 +195,7 @@ export class RangeSet {
         out[n++] = end
       }
     }
-    return n === 0 ? RangeSet.empty : new RangeSet(out.slice(0, n))
+    return n === 0 ? RangeSet.empty : RangeSet.#checked(new RangeSet(out.slice(0, n)))
   }
 
   /** Ranges joined over gaps shorter than `gap`: fewer, larger reads. Never smaller than this set. */
@@ -200,13 +214,15 @@ export class RangeSet {
 
   /** Every bound moved by `delta`. */
   shift(delta: number): RangeSet {
-    return delta === 0 || this.isEmpty ? this : new RangeSet(this.#bounds.map((bound) => bound + delta))
+    if (delta === 0 || this.isEmpty) return this
+    return RangeSet.#checked(new RangeSet(this.#bounds.map((bound) => bound + delta)))
   }
 
   /** Every bound multiplied: block numbers into bytes. */
   scale(factor: number): RangeSet {
-    assert(factor > 0, 'factor is positive')
-    return factor === 1 || this.isEmpty ? this : new RangeSet(this.#bounds.map((bound) => bound * factor))
+    assert(Number.isSafeInteger(factor) && factor > 0, 'factor is a positive integer')
+    if (factor === 1 || this.isEmpty) return this
+    return RangeSet.#checked(new RangeSet(this.#bounds.map((bound) => bound * factor)))
   }
 
   equals(other: RangeSet): boolean {
@@ -220,24 +236,87 @@ export class RangeSet {
   }
 }
 
-/** Numbers that lie in at least `need` of the two sets, in one pass over both. */
-function merge(a: Float64Array, b: Float64Array, need: 1 | 2): RangeSet {
+// The three merges: one pass over both, each range once. Their results keep the rule by construction; that is
+// tested against a model, not checked again on a million bounds.
+
+function unionOf(a: Float64Array, b: Float64Array): Filled {
   const out = new Float64Array(a.length + b.length)
   let n = 0
   let i = 0
   let j = 0
-  let depth = 0
+  let end = Number.NEGATIVE_INFINITY
   while (i < a.length || j < b.length) {
-    const fromA = i < a.length ? a[i]! : Number.POSITIVE_INFINITY
-    const fromB = j < b.length ? b[j]! : Number.POSITIVE_INFINITY
-    const at = fromA < fromB ? fromA : fromB
-    const before = depth
-    // An even index is a start, an odd one an end; starts and ends at one place cancel out before they are seen.
-    if (fromA === at) depth += i++ % 2 === 0 ? 1 : -1
-    if (fromB === at) depth += j++ % 2 === 0 ? 1 : -1
-    if (before < need !== depth < need) out[n++] = at
+    let start: number
+    let stop: number
+    if (j >= b.length || (i < a.length && a[i]! <= b[j]!)) {
+      start = a[i]!
+      stop = a[i + 1]!
+      i += 2
+    } else {
+      start = b[j]!
+      stop = b[j + 1]!
+      j += 2
+    }
+    if (start > end) {
+      out[n] = start
+      n += 2
+      end = stop
+    } else if (stop > end) {
+      end = stop
+    }
+    out[n - 1] = end
   }
-  return n === 0 ? RangeSet.empty : RangeSet.fromBounds(out.slice(0, n))
+  return { out, n }
+}
+
+function intersectionOf(a: Float64Array, b: Float64Array): Filled {
+  const out = new Float64Array(a.length + b.length)
+  let n = 0
+  let i = 0
+  let j = 0
+  while (i < a.length && j < b.length) {
+    const endA = a[i + 1]!
+    const endB = b[j + 1]!
+    const start = Math.max(a[i]!, b[j]!)
+    const end = endA < endB ? endA : endB
+    if (start < end) {
+      out[n++] = start
+      out[n++] = end
+    }
+    if (endA <= endB) i += 2
+    if (endB <= endA) j += 2
+  }
+  return { out, n }
+}
+
+function differenceOf(a: Float64Array, b: Float64Array): Filled {
+  const out = new Float64Array(a.length + b.length)
+  let n = 0
+  let j = 0
+  for (let i = 0; i < a.length; i += 2) {
+    let at = a[i]!
+    const end = a[i + 1]!
+    while (j < b.length && b[j + 1]! <= at) j += 2
+    // The last of these may reach into the next range too, so it stays.
+    for (let k = j; k < b.length && b[k]! < end; k += 2) {
+      if (b[k]! > at) {
+        out[n++] = at
+        out[n++] = b[k]!
+      }
+      at = b[k + 1]!
+      if (at < end) j = k + 2
+    }
+    if (at < end) {
+      out[n++] = at
+      out[n++] = end
+    }
+  }
+  return { out, n }
+}
+
+interface Filled {
+  readonly out: Float64Array
+  readonly n: number
 }
 
 /** Collects ranges in any order. Ascending input (the common case) is never sorted. */
@@ -281,20 +360,31 @@ export class RangeSetBuilder {
   }
 }
 
+/**
+ * Sorts starts and ends apart, each natively (ten times as fast as pairs by a comparator): walking both, a place
+ * is in the set while more ranges have started than ended.
+ */
 function sortAndJoin(bounds: Float64Array): Float64Array {
-  const order = Uint32Array.from({ length: bounds.length / 2 }, (_, i) => i)
-  order.sort((x, y) => bounds[x * 2]! - bounds[y * 2]!)
-  const out = new Float64Array(bounds.length)
+  const half = bounds.length / 2
+  const starts = new Float64Array(half)
+  const ends = new Float64Array(half)
+  for (let i = 0; i < half; i++) {
+    starts[i] = bounds[i * 2]!
+    ends[i] = bounds[i * 2 + 1]!
+  }
+  starts.sort()
+  ends.sort()
   let n = 0
-  for (const index of order) {
-    const start = bounds[index * 2]!
-    const end = bounds[index * 2 + 1]!
-    if (n > 0 && start <= out[n - 1]!) {
-      if (end > out[n - 1]!) out[n - 1] = end
+  let open = 0
+  let i = 0
+  for (let j = 0; j < half; ) {
+    if (i < half && starts[i]! <= ends[j]!) {
+      if (open++ === 0) bounds[n++] = starts[i]!
+      i++
     } else {
-      out[n++] = start
-      out[n++] = end
+      if (--open === 0) bounds[n++] = ends[j]!
+      j++
     }
   }
-  return out.slice(0, n)
+  return bounds.slice(0, n)
 }
