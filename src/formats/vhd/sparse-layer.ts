@@ -7,7 +7,7 @@
  * - A sector that the bitmap claims must lie in the file, else CORRUPT: it is never made up.
  *
  * Bitmaps lie one per block, megabytes apart, so reading them one after another costs one disk latency each (23 s
- * for 52,000 blocks in vhd-util). They are read a batch at a time, the kernel being told of the whole batch first.
+ * for 52,000 blocks in vhd-util). They are read a batch at a time, which the kernel is told of first.
  * One byte per block keeps what was learned; bitmaps that are neither empty nor full stay in a bounded cache.
  */
 import { mapBounded, throwIfAborted, VarveError } from '../../base/index.ts'
@@ -19,7 +19,7 @@ import {
   type Features,
 } from '../../device/index.ts'
 import { Bitmap, type Extent, ExtentList, type HostFile } from '../../extents/index.ts'
-import { hostFileOf, prefetch } from '../host-place.ts'
+import { hostFileOf, readMany } from '../host-place.ts'
 import type { BackingReference, FormatFacts, ImageLayer } from '../image-format.ts'
 import { bitmapBytes, SECTOR, UNALLOCATED } from './layout.ts'
 
@@ -65,7 +65,8 @@ export class SparseVhdLayer implements ImageLayer {
   readonly #bitmapBytes: number
   readonly #dataEnd: number
   readonly #state: Uint8Array
-  readonly #bitmaps = new Map<number, Bitmap>()
+  #bitmaps = new Map<number, Bitmap>()
+  #oldBitmaps = new Map<number, Bitmap>()
   #closed = false
 
   constructor(parts: SparseVhdParts) {
@@ -133,6 +134,7 @@ export class SparseVhdLayer implements ImageLayer {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#closed = true
     this.#bitmaps.clear()
+    this.#oldBitmaps.clear()
     await this.#file[Symbol.asyncDispose]()
   }
 
@@ -194,40 +196,47 @@ export class SparseVhdLayer implements ImageLayer {
     for (; block < most && missing.length + bitmaps.size < BATCH_BLOCKS; block++) {
       const state = this.#state[block]
       if (state === EMPTY || state === FULL) continue
-      const known = this.#bitmaps.get(block)
+      const known = this.#kept(block)
       if (known) bitmaps.set(block, known)
       else missing.push(block)
     }
     if (missing.length > 0) {
       missing.sort((a, b) => this.#table[a]! - this.#table[b]!)
-      if (missing.length > 1) {
-        for (const each of missing) prefetch(this.#file, this.#table[each]! * SECTOR, this.#bitmapBytes)
-      }
       const bytes = new Uint8Array(missing.length * this.#bitmapBytes)
-      await mapBounded(missing, READS, async (each, index) => {
-        const into = bytes.subarray(index * this.#bitmapBytes, (index + 1) * this.#bitmapBytes)
-        await this.#file.read(this.#table[each]! * SECTOR, into, signal)
+      const reads = missing.map((each, index) => ({
+        offset: this.#table[each]! * SECTOR,
+        into: bytes.subarray(index * this.#bitmapBytes, (index + 1) * this.#bitmapBytes),
+      }))
+      await readMany(this.#file, reads, () => !this.#closed, signal)
+      for (const [index, each] of missing.entries()) {
         const sectors = Math.ceil(Math.min(this.#blockBytes, this.size - each * this.#blockBytes) / SECTOR)
-        const bitmap = Bitmap.fromBytes(into, sectors, { msbFirst: true })
+        const bitmap = Bitmap.fromBytes(reads[index]!.into, sectors, { msbFirst: true })
         if (bitmap.nextSet(0) === sectors) this.#state[each] = EMPTY
         else if (bitmap.nextClear(0) === sectors) this.#state[each] = FULL
         else {
           bitmaps.set(each, bitmap)
           this.#keep(each, bitmap)
         }
-      })
+      }
     }
     return { block, bitmaps }
   }
 
+  /** Two generations: when the young one is full the old one goes. Dropping one by one would cost more. */
   #keep(block: number, bitmap: Bitmap): void {
-    this.#bitmaps.set(block, bitmap)
-    if (this.#bitmaps.size * this.#bitmapBytes > CACHE_BYTES) {
-      for (const oldest of this.#bitmaps.keys()) {
-        this.#bitmaps.delete(oldest)
-        break
-      }
+    if (this.#bitmaps.size * this.#bitmapBytes >= CACHE_BYTES / 2) {
+      this.#oldBitmaps = this.#bitmaps
+      this.#bitmaps = new Map()
     }
+    this.#bitmaps.set(block, bitmap)
+  }
+
+  #kept(block: number): Bitmap | undefined {
+    const young = this.#bitmaps.get(block)
+    if (young) return young
+    const old = this.#oldBitmaps.get(block)
+    if (old) this.#keep(block, old)
+    return old
   }
 
   #pastEnd(block: number, end: number): VarveError {
