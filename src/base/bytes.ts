@@ -5,7 +5,7 @@
  * returns a short or made-up value. 64-bit fields that mean an offset or a length are narrowed to `number` once,
  * here, by `size64()`; above 2^53 - 1 is CORRUPT too.
  */
-import { VarveError } from './errors.ts'
+import { assert, VarveError } from './errors.ts'
 
 export type Endian = 'little' | 'big'
 
@@ -59,14 +59,15 @@ export class Bytes {
 
   /** `length` bytes as one character each (latin1), not trimmed. */
   text(at: number, length: number): string {
-    return String.fromCharCode(...this.sub(at, length))
+    const raw = this.sub(at, length)
+    return Buffer.from(raw.buffer, raw.byteOffset, raw.length).toString('latin1')
   }
 
   /** Text that ends at the first NUL or after `length` bytes, decoded as UTF-8 (bad bytes become U+FFFD). */
   cString(at: number, length: number): string {
     const raw = this.sub(at, length)
     const end = raw.indexOf(0)
-    return new TextDecoder().decode(end < 0 ? raw : raw.subarray(0, end))
+    return UTF8.decode(end < 0 ? raw : raw.subarray(0, end))
   }
 
   /** A view (no copy) of `length` bytes. */
@@ -75,20 +76,26 @@ export class Bytes {
     return this.bytes.subarray(at, at + length)
   }
 
+  /** @throws INTERNAL when `value` does not fit: half a number on a disk is worse than none. So do the others. */
   setU8(at: number, value: number): void {
     this.#check(at, 1)
+    fits(value, 0xff)
     this.#view.setUint8(at, value)
   }
   setU16(at: number, value: number): void {
     this.#check(at, 2)
+    fits(value, 0xffff)
     this.#view.setUint16(at, value, this.#little)
   }
   setU32(at: number, value: number): void {
     this.#check(at, 4)
+    fits(value, 0xffffffff)
     this.#view.setUint32(at, value, this.#little)
   }
   setU64(at: number, value: bigint | number): void {
     this.#check(at, 8)
+    if (typeof value === 'number') fits(value, Number.MAX_SAFE_INTEGER)
+    else assert(value >= 0n && value < 1n << 64n, `${value} fits its field`)
     this.#view.setBigUint64(at, BigInt(value), this.#little)
   }
   setText(at: number, value: string): void {
@@ -109,6 +116,12 @@ export class Bytes {
     }
   }
 }
+
+function fits(value: number, most: number): void {
+  assert(Number.isInteger(value) && value >= 0 && value <= most, `${value} fits its field`)
+}
+
+const UTF8 = new TextDecoder('utf-8', { ignoreBOM: true })
 
 /** Reads fields one after another; every method advances `position`. */
 export class ByteCursor {
@@ -173,7 +186,7 @@ export function narrow(value: bigint, what: string): number {
   return Number(value)
 }
 
-/** True when every byte is zero. An empty array is zero. */
+/** True when every byte is zero, at the speed of memory; returns at the first other byte. An empty array is zero. */
 export function isZero(bytes: Uint8Array): boolean {
   if (bytes.length > ZEROS.length) {
     for (let at = 0; at < bytes.length; at += ZEROS.length) {
