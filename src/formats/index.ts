@@ -3,13 +3,14 @@ import { VarveError } from '../base/index.ts'
 import { type BlockDevice, readBytes } from '../device/index.ts'
 import { foreignFormat } from './foreign.ts'
 import type { ImageFormat } from './image-format.ts'
+import { qcow2Format } from './qcow2/index.ts'
 import { rawFormat } from './raw/index.ts'
 import { vhdFormat } from './vhd/index.ts'
 
 export * from './image-format.ts'
 
 /** In the order of probing; raw, which has no magic, is last. */
-export const FORMATS: readonly ImageFormat[] = [vhdFormat, rawFormat]
+export const FORMATS: readonly ImageFormat[] = [qcow2Format, vhdFormat, rawFormat]
 
 /** The format of this name or alias, in any case of letters; undefined when there is none. */
 export function formatByName(name: string): ImageFormat | undefined {
