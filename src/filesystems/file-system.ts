@@ -47,4 +47,11 @@ export interface FileSystemType {
   probe(device: BlockDevice): Promise<boolean>
   /** Parses what is needed to describe it. @throws NotTrusted, CORRUPT, LIMIT */
   open(device: BlockDevice, context: Context): Promise<FileSystem>
+  /** For file systems that may spread over several devices (Btrfs); absent where there is one device each. */
+  readonly together?: {
+    /** Identity of the file system when this device is one of several, else undefined: then `open` reads it. */
+    group(device: BlockDevice, context: Context): Promise<string | undefined>
+    /** All devices of one identity that the caller could find, in any order; one result per device. @throws as `open` */
+    open(devices: readonly BlockDevice[], context: Context): Promise<readonly FileSystem[]>
+  }
 }

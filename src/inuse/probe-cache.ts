@@ -3,8 +3,8 @@
  * the device below, which must not change while this one lives (a snapshot does not).
  *
  * Rules: it fetches whole sectors, not more: on a 20 GiB disk probing must cost kilobytes. Large reads (bitmaps,
- * tables) pass through unremembered. What the device below throws is kept in `failure`, so that a caller can tell
- * a failing disk from a reader that refuses what stands on it.
+ * tables) pass through unremembered. What the device below throws is known again by `failedWith`, so that a caller
+ * can tell a failing disk from a reader that refuses what stands on it.
  */
 import { type BlockDevice, checkRange, type Features } from '../device/index.ts'
 import type { Extent } from '../extents/index.ts'
@@ -21,7 +21,7 @@ export class ProbeCache implements BlockDevice {
   readonly features: Features
   readonly #inner: BlockDevice
   readonly #sectors = new Map<number, Uint8Array>()
-  #failure: unknown
+  readonly #failures = new WeakSet<Error>()
 
   constructor(inner: BlockDevice) {
     this.#inner = inner
@@ -30,9 +30,14 @@ export class ProbeCache implements BlockDevice {
     this.features = { ...inner.features, write: false, resize: false }
   }
 
-  /** The last error of the device below; undefined when it never failed. */
-  get failure(): unknown {
-    return this.#failure
+  /** True when `error`, or what caused it, was thrown by the device below. */
+  failedWith(error: unknown): boolean {
+    let cause = error
+    while (cause instanceof Error) {
+      if (this.#failures.has(cause)) return true
+      cause = cause.cause
+    }
+    return false
   }
 
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
@@ -96,7 +101,7 @@ export class ProbeCache implements BlockDevice {
     try {
       await this.#inner.read(offset, into, signal)
     } catch (error) {
-      this.#failure = error
+      if (error instanceof Error) this.#failures.add(error)
       throw error
     }
   }

@@ -12,18 +12,17 @@
 import { assert, type Context, isVarveError, mapBounded, NotTrusted } from '../base/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import { RangeSet, RangeSetBuilder } from '../extents/index.ts'
-import type { FileSystemType, Trust } from '../filesystems/index.ts'
+import type { FileSystem, FileSystemType, Trust } from '../filesystems/index.ts'
 import {
   type Doubt,
   placeOf,
   type Scope,
-  VOLUME_SCHEMES,
   type Volume,
   type VolumeScheme,
   type VolumeTable,
 } from '../volumes/index.ts'
 import { ProbeCache } from './probe-cache.ts'
-import { recognize } from './recognize.ts'
+import { REGISTRY, type Registry, recognize } from './recognize.ts'
 import type { Reason } from './region.ts'
 
 /** Volumes in volumes in volumes: no real stack is deeper, and a volume that holds itself has no bottom. */
@@ -51,6 +50,7 @@ export type Verdict =
     }
   | { readonly is: 'parts'; readonly children: readonly Node[] }
   | { readonly is: 'member'; readonly group: Group; readonly index: number }
+  | { readonly is: 'shared'; readonly shared: SharedFileSystem; readonly index: number }
 
 /** Devices that together make volumes. `outcome` is set before any range is asked for. */
 export class Group {
@@ -69,12 +69,23 @@ export class Group {
   }
 }
 
+/** Devices that one file system spreads over. `nodes` are set before any range is asked for. */
+export interface SharedFileSystem {
+  readonly type: FileSystemType
+  readonly devices: ProbeCache[]
+  /** One per device. */
+  nodes: readonly Node[]
+}
+
 export class Walk {
   readonly #context: Context
-  readonly #pending = new Map<VolumeScheme, Map<string, Group>>()
+  readonly #registry: Registry
+  readonly #groups = new Map<VolumeScheme, Map<string, Group>>()
+  readonly #shared = new Map<FileSystemType, Map<string, SharedFileSystem>>()
 
-  constructor(context: Context) {
+  constructor(context: Context, registry: Registry = REGISTRY) {
     this.#context = context
+    this.#registry = registry
   }
 
   /** Nodes that cover `[0, device.size)`; call `openGroups` before their ranges are asked for. */
@@ -92,19 +103,22 @@ export class Walk {
     }
   }
 
-  /** Opens all groups that were found, and those that their volumes bring up, until none is left. */
+  /** Opens all groups that were found, those that their volumes bring up, and file systems over several devices. */
   async openGroups(): Promise<void> {
     for (;;) {
-      const scheme = VOLUME_SCHEMES.find((one) => (this.#pending.get(one)?.size ?? 0) > 0)
-      if (!scheme) return
-      const groups = [...this.#pending.get(scheme)!.values()]
-      this.#pending.delete(scheme)
-      await mapBounded(groups, 1, (group) => this.#openGroup(group))
+      const scheme = this.#registry.schemes.find((one) => this.#groups.has(one))
+      if (!scheme) break
+      const groups = [...this.#groups.get(scheme)!.values()]
+      this.#groups.delete(scheme)
+      for (const group of groups) await this.#openGroup(group)
+    }
+    for (const byId of this.#shared.values()) {
+      for (const shared of byId.values()) await this.#openShared(shared)
     }
   }
 
   async #coverRecognized(device: ProbeCache, scope: Scope, depth: number): Promise<readonly Node[]> {
-    const found = await recognize(device, scope)
+    const found = await recognize(device, scope, this.#registry)
     switch (found.is) {
       case 'unknown':
         return [
@@ -128,11 +142,20 @@ export class Walk {
   }
 
   async #readFileSystem(device: ProbeCache, type: FileSystemType): Promise<Node> {
-    const { size } = device
-    let about: NotTrusted['about'] = { kind: type.name }
     try {
-      const system = await type.open(device, this.#context)
-      about = { kind: system.kind, uuid: system.uuid, label: system.label }
+      const id = await type.together?.group(device, this.#context)
+      if (id !== undefined) return this.#setAside(device, type, id)
+      return await this.#readUsed(device, type.name, await type.open(device, this.#context))
+    } catch (error) {
+      if (!this.#isVerdict(error, device)) throw error
+      return this.#refused(device.size, error, { kind: type.name })
+    }
+  }
+
+  async #readUsed(device: ProbeCache, name: string, system: FileSystem): Promise<Node> {
+    const { size } = device
+    const about = { kind: system.kind, uuid: system.uuid, label: system.label }
+    try {
       if (system.size > size) {
         throw new NotTrusted(
           'size-mismatch',
@@ -140,21 +163,43 @@ export class Walk {
         )
       }
       const map = await system.used(this.#context)
-      assert(isInside(map.ranges, size), `used ranges of ${type.name} lie inside its device`)
+      assert(isInside(map.ranges, size), `used ranges of ${name} lie inside its device`)
       const used = map.ranges.coarsen(device.blockSize).clip(0, size)
-      const { state } = map
-      return { offset: 0, length: size, ...kindOf(about), state, verdict: known(used, map.trust) }
+      return { offset: 0, length: size, ...about, state: map.state, verdict: known(used, map.trust) }
     } catch (error) {
       if (!this.#isVerdict(error, device)) throw error
       return this.#refused(size, error, about)
     }
   }
 
+  #setAside(device: ProbeCache, type: FileSystemType, id: string): Node {
+    const byId = this.#shared.get(type) ?? new Map<string, SharedFileSystem>()
+    this.#shared.set(type, byId)
+    const shared = byId.get(id) ?? { type, devices: [], nodes: [] }
+    byId.set(id, shared)
+    const index = shared.devices.push(device) - 1
+    return { offset: 0, length: device.size, kind: type.name, verdict: { is: 'shared', shared, index } }
+  }
+
+  async #openShared(shared: SharedFileSystem): Promise<void> {
+    const { type, devices } = shared
+    try {
+      const systems = await type.together!.open(devices, this.#context)
+      assert(systems.length === devices.length, 'a shared file system is one per device')
+      shared.nodes = await mapBounded(systems, 1, (system, i) =>
+        this.#readUsed(devices[i]!, type.name, system),
+      )
+    } catch (error) {
+      if (!devices.every((device) => this.#isVerdict(error, device))) throw error
+      shared.nodes = devices.map(({ size }) => this.#refused(size, error, { kind: type.name }))
+    }
+  }
+
   async #followScheme(device: ProbeCache, scheme: VolumeScheme, depth: number): Promise<readonly Node[]> {
     if (scheme.group) {
       const id = await scheme.group(device, this.#context)
-      const groups = this.#pending.get(scheme) ?? new Map<string, Group>()
-      this.#pending.set(scheme, groups)
+      const groups = this.#groups.get(scheme) ?? new Map<string, Group>()
+      this.#groups.set(scheme, groups)
       const group = groups.get(id) ?? new Group(scheme, depth)
       groups.set(id, group)
       const index = group.members.push(device) - 1
@@ -213,16 +258,13 @@ export class Walk {
   /** True when `error` says something about what stands on the device; false when it says the device fails. */
   #isVerdict(error: unknown, device: ProbeCache): boolean {
     if (isVarveError(error, 'CANCELLED') || this.#context.signal?.aborted) return false
-    if (device.failure === undefined) return true
-    for (let cause = error; cause instanceof Error; cause = cause.cause) {
-      if (cause === device.failure) return false
-    }
-    return true
+    return !device.failedWith(error)
   }
 
   #refused(length: number, error: unknown, about: NotTrusted['about'] = {}): Node {
     const known = error instanceof NotTrusted ? { ...about, ...definedOf(error.about) } : about
-    return { ...inUse(length, known.kind ?? 'unknown', this.#reasonOf(error)), ...kindOf(known) }
+    const { kind = 'unknown', uuid, label } = known
+    return { ...inUse(length, kind, this.#reasonOf(error)), uuid, label }
   }
 
   #reasonOf(error: unknown): Reason {
@@ -254,6 +296,7 @@ const USED = new WeakMap<Node, RangeSet>()
 function computeUsed({ verdict }: Node): RangeSet {
   if (verdict.is === 'known') return verdict.used
   if (verdict.is === 'parts') return usedOfAll(verdict.children)
+  if (verdict.is === 'shared') return usedOf(verdict.shared.nodes[verdict.index]!)
   return usedOfGroup(verdict.group)[verdict.index]!
 }
 
@@ -311,10 +354,6 @@ function inUse(length: number, kind: string, reason: Reason): Node {
 /** A region that is in use by rule: metadata of a table, a gap. */
 function whole(start: number, end: number, kind: string): Node {
   return { offset: start, length: end - start, kind, verdict: known(RangeSet.of(0, end - start), 'exact') }
-}
-
-function kindOf(about: NotTrusted['about']): Pick<Node, 'kind' | 'uuid' | 'label'> {
-  return { kind: about.kind ?? 'unknown', uuid: about.uuid, label: about.label }
 }
 
 function definedOf(about: NotTrusted['about']): NotTrusted['about'] {
