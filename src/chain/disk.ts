@@ -111,6 +111,7 @@ export class ChainDisk implements Disk {
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
     checkOpen(this.#closed)
     checkRange(this.size, offset, into.length)
+    throwIfAborted(signal)
     if (into.length === 0) return
     if (this.#layers.length === 1) {
       await this.#layers[0]!.read(offset, into, signal)
@@ -136,6 +137,7 @@ export class ChainDisk implements Disk {
   async mapExtents(offset: number, length: number, signal?: AbortSignal): Promise<readonly DiskExtent[]> {
     checkOpen(this.#closed)
     checkExtentRange(this.size, offset, length)
+    throwIfAborted(signal)
     const kept = this.#find(offset, 1)
     if (kept) return cutPlan(kept, offset, Math.min(kept.end, offset + length))
     const plan = await planChain(this.#layers, offset, offset + length, signal)

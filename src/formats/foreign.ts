@@ -20,7 +20,6 @@ const FOREIGN: readonly Foreign[] = [
   { name: 'vmdk (descriptor)', where: 'head', offset: 0, magic: '# Disk DescriptorFile' },
   { name: 'vdi', where: 'head', offset: 64, magic: '\x7f\x10\xda\xbe' },
   { name: 'qed', where: 'head', offset: 0, magic: 'QED\0' },
-  { name: 'qcow (version 1)', where: 'head', offset: 0, magic: 'QFI\xfb\0\0\0\x01' },
   { name: 'parallels', where: 'head', offset: 0, magic: 'WithoutFreeSpace' },
   { name: 'parallels', where: 'head', offset: 0, magic: 'WithouFreSpacExt' },
   { name: 'bochs', where: 'head', offset: 0, magic: 'Bochs Virtual HD Image' },

@@ -7,6 +7,8 @@
 import { VarveError } from '../../base/index.ts'
 import {
   type BlockDevice,
+  checkExtentRange,
+  checkOpen,
   checkRange,
   type Features,
   isResizable,
@@ -24,6 +26,7 @@ export class RawLayer implements WritableImageLayer, ResizableBlockDevice {
   readonly blockSize: number
   readonly features: Features
   readonly #file: BlockDevice
+  #closed = false
 
   constructor(file: BlockDevice, options: { readonly write: boolean }) {
     this.#file = file
@@ -40,12 +43,14 @@ export class RawLayer implements WritableImageLayer, ResizableBlockDevice {
   }
 
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
+    checkOpen(this.#closed)
     checkRange(this.size, offset, into.length)
     await this.#file.read(offset, into, signal)
   }
 
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
-    checkRange(this.size, offset, length)
+    checkOpen(this.#closed)
+    checkExtentRange(this.size, offset, length)
     const below = await this.#file.extents(offset, length, signal)
     if (below.every((extent) => extent.kind !== 'absent')) return below
     const list = new ExtentList()
@@ -56,13 +61,15 @@ export class RawLayer implements WritableImageLayer, ResizableBlockDevice {
   }
 
   async write(offset: number, bytes: Uint8Array, signal?: AbortSignal): Promise<void> {
+    const file = this.#writable('write')
     checkRange(this.size, offset, bytes.length)
-    await this.#writable('write').write(offset, bytes, signal)
+    await file.write(offset, bytes, signal)
   }
 
   async zero(offset: number, length: number, signal?: AbortSignal): Promise<void> {
+    const file = this.#writable('zero')
     checkRange(this.size, offset, length)
-    await this.#writable('zero').zero(offset, length, signal)
+    await file.zero(offset, length, signal)
   }
 
   async flush(signal?: AbortSignal): Promise<void> {
@@ -78,10 +85,12 @@ export class RawLayer implements WritableImageLayer, ResizableBlockDevice {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    this.#closed = true
     await this.#file[Symbol.asyncDispose]()
   }
 
   #writable(doing: string): BlockDevice & Pick<ResizableBlockDevice, 'write' | 'zero' | 'flush'> {
+    checkOpen(this.#closed)
     const file = this.#file
     if (!this.features.write || !isWritable(file)) {
       throw new VarveError('READ_ONLY', `Cannot ${doing} raw image: it was opened for reading`)

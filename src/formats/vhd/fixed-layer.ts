@@ -1,5 +1,11 @@
 /** A fixed VHD as a layer: a raw disk with 512 bytes behind it. Never has a parent, so nothing is `absent`. */
-import { type BlockDevice, checkRange, type Features } from '../../device/index.ts'
+import {
+  type BlockDevice,
+  checkExtentRange,
+  checkOpen,
+  checkRange,
+  type Features,
+} from '../../device/index.ts'
 import { type Extent, ExtentList } from '../../extents/index.ts'
 import type { FormatFacts, ImageLayer } from '../image-format.ts'
 
@@ -13,6 +19,7 @@ export class FixedVhdLayer implements ImageLayer {
   readonly blockSize = 512
   readonly features: Features
   readonly #file: BlockDevice
+  #closed = false
 
   constructor(file: BlockDevice, size: number, facts: FormatFacts & { readonly uuid: string }) {
     this.#file = file
@@ -23,12 +30,14 @@ export class FixedVhdLayer implements ImageLayer {
   }
 
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
+    checkOpen(this.#closed)
     checkRange(this.size, offset, into.length)
     await this.#file.read(offset, into, signal)
   }
 
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
-    checkRange(this.size, offset, length)
+    checkOpen(this.#closed)
+    checkExtentRange(this.size, offset, length)
     const list = new ExtentList()
     for (const extent of await this.#file.extents(offset, length, signal)) {
       list.add(extent.offset, extent.length, extent.kind === 'data' ? 'data' : 'zero', extent.at)
@@ -37,6 +46,7 @@ export class FixedVhdLayer implements ImageLayer {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    this.#closed = true
     await this.#file[Symbol.asyncDispose]()
   }
 }

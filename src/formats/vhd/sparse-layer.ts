@@ -91,6 +91,7 @@ export class SparseVhdLayer implements ImageLayer {
   async read(offset: number, into: Uint8Array, signal?: AbortSignal): Promise<void> {
     checkOpen(this.#closed)
     checkRange(this.size, offset, into.length)
+    throwIfAborted(signal)
     if (into.length === 0) return
     const runs: { start: number; end: number; from: number }[] = []
     let at = offset
@@ -113,6 +114,7 @@ export class SparseVhdLayer implements ImageLayer {
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
     checkOpen(this.#closed)
     checkExtentRange(this.size, offset, length)
+    throwIfAborted(signal)
     const list = new ExtentList()
     let at = offset
     const host = this.#host
