@@ -1,5 +1,6 @@
 /** Rank 3: partition tables and volume managers. The registry is this explicit list. */
 import { gpt } from './gpt/index.ts'
+import { lvm } from './lvm/index.ts'
 import { mbr } from './mbr/index.ts'
 import type { VolumeScheme } from './volume.ts'
 
@@ -9,4 +10,4 @@ export * from './volume.ts'
  * In the order in which groups are assembled: what others are stacked on comes first (md before LVM2), so that
  * all members of a group are known when it is opened.
  */
-export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr]
+export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr, lvm]

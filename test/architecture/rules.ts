@@ -148,7 +148,9 @@ function undocumented(files: Files): string[] {
   const reasons = new Set<string>()
   for (const [path, text] of files) {
     if (!path.startsWith('src/') || path.endsWith('.test.ts')) continue
-    for (const match of stripComments(text).matchAll(/(?:\bnew NotTrusted|#not)\(\s*'([^']+)'/g))
+    for (const match of stripComments(text).matchAll(
+      /(?:\bnew NotTrusted|#not|\brefuse)\(\s*'([a-z0-9]+(?:-[a-z0-9]+)+)'/g,
+    ))
       reasons.add(match[1]!)
   }
   const all = [...files]

@@ -64,12 +64,6 @@ export const SIGNATURES: readonly Signature[] = [
   },
   // Volume managers and caches: what is in use is known above them only.
   {
-    kind: 'lvm2',
-    reason: 'volume-member',
-    what: 'an LVM2 physical volume',
-    marks: [0, 512, 1024, 1536].map((at) => ({ at: at + 24, text: 'LVM2 001' })),
-  },
-  {
     kind: 'bcache',
     reason: 'volume-member',
     what: 'a bcache device',

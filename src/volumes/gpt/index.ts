@@ -40,7 +40,7 @@ export const gpt: VolumeScheme = {
     const record = decodeBootRecord(await readBytes(device, 0, BOOT_RECORD_BYTES))
     if (record?.slots.some((slot) => slot.type === TYPE_PROTECTIVE)) return true
     for (const sectorBytes of SECTOR_SIZES) {
-      if (device.size >= 2 * sectorBytes && hasHeaderSignature(await readBytes(device, sectorBytes, 512)))
+      if (device.size >= 2 * sectorBytes && hasHeaderSignature(await readBytes(device, sectorBytes, 8)))
         return true
     }
     return false
@@ -143,6 +143,8 @@ async function readTableHeader(
 ): Promise<Header | string> {
   const sectors = Math.floor(disk.size / sectorBytes)
   if (lba < 1 || lba >= sectors) return `sector ${lba} is past the end of the disk`
+  // Most of the time there is none for the other sector size: a look at its first bytes is enough.
+  if (!hasHeaderSignature(await readBytes(disk, lba * sectorBytes, 8))) return 'no signature'
   return decodeHeader(await readBytes(disk, lba * sectorBytes, sectorBytes), lba, sectors)
 }
 
