@@ -15,7 +15,7 @@ const KNOWN_FEATURES = 0
 export const ID_BYTES = 32
 export const NAME_BYTES = 16
 /** Stored bytes under one CRC of a pack. */
-export const CRC_SPAN = 1 << 20
+export const CRC_SPAN = 1_048_576
 export const SECTOR = 512
 
 export type PackKind = 'data' | 'metadata'
@@ -27,10 +27,10 @@ const SEALINGS: Readonly<Record<Sealing, number>> = { none: 0, 'aes-256-gcm': 1 
 // ---------------------------------------------------------------- frames
 
 /** How the bytes of a frame are stored. A frame of zeros is stored as nothing. */
-export const METHOD = { zeros: 0, raw: 1, zstd: 2 } as const
+export const METHOD: { readonly zeros: 0; readonly raw: 1; readonly zstd: 2 } = { zeros: 0, raw: 1, zstd: 2 }
 const LENGTH_BITS = 22
 /** Most bytes that a frame can take in a pack, its check or tag included. */
-export const MOST_STORED = 2 ** LENGTH_BITS - 1
+export const MOST_STORED = 4_194_303
 export const DESCRIPTOR_BYTES = 3
 
 /** A frame in 24 bits: bits 0-21 stored length, bits 22-23 method. */
@@ -264,9 +264,9 @@ export const PAGE_ENTRIES = 1024
 const PAGE_MAGIC = 'VRVM'
 const PAGE_HEADER_BYTES = 32
 /** Content of the largest page that is believed: 1024 entries of 64 frames and the worst in-use map fit. */
-export const MOST_PAGE_BYTES = 16 << 20
+export const MOST_PAGE_BYTES = 16_777_216
 
-export const ENTRY = { zeros: 0, chunk: 1 } as const
+export const ENTRY: { readonly zeros: 0; readonly chunk: 1 } = { zeros: 0, chunk: 1 }
 
 /** Where a chunk of the disk stands. `undefined` in a page: zeros, or not in use. */
 export interface ChunkEntry {
@@ -467,8 +467,8 @@ function decodeRanges(bytes: Uint8Array, count: number, what: string): RangeSet 
 
 const MANIFEST_MAGIC = 'VRVPOINT'
 export const MANIFEST_HEADER_BYTES = 96
-export const MOST_FACTS_BYTES = 64 << 20
-export const MOST_TABLE_BYTES = 1 << 30
+export const MOST_FACTS_BYTES = 67_108_864
+export const MOST_TABLE_BYTES = 1_073_741_824
 
 export interface ManifestHeader {
   readonly sealing: Sealing

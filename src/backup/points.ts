@@ -1,0 +1,166 @@
+/** Names of disks and points, and where their manifests stand: `points/<disk>/<ulid>`. */
+import { isVarveError, VarveError } from '../base/index.ts'
+import type { PointInfo, PointName } from './contract.ts'
+import type { RepositoryKeys } from './keys.ts'
+import { type ManifestFacts, readFacts } from './manifest.ts'
+import type { BlobStore } from './store/blob-store.ts'
+import { isUlid, ulidTime } from './ulid.ts'
+
+const PREFIX = 'points/'
+/** What a file system takes as one name, less some room for suffixes. */
+const MOST_FOLDER_NAME = 240
+
+/** Throws USAGE unless `disk` can be the name of a disk. */
+export function checkDiskName(disk: string): void {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is refused
+  if (disk === '' || /[\u0000-\u001f\u007f@]/.test(disk) || plainFolder(disk).length > MOST_FOLDER_NAME) {
+    throw new VarveError(
+      'USAGE',
+      `Cannot use ${JSON.stringify(disk)} as the name of a disk: expected 1 to ${MOST_FOLDER_NAME} letters, no @, no control characters`,
+    )
+  }
+}
+
+/** In an encrypted repository folder names tell nothing. */
+export function diskFolder(keys: RepositoryKeys, disk: string): string {
+  return keys.sealing === 'none' ? plainFolder(disk) : keys.opaqueName(disk)
+}
+
+function plainFolder(disk: string): string {
+  return Array.from(new TextEncoder().encode(disk), (byte, i) => {
+    const letter = String.fromCharCode(byte)
+    const plain = /[A-Za-z0-9_-]/.test(letter) || (letter === '.' && i > 0)
+    return plain ? letter : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`
+  }).join('')
+}
+
+export function manifestPath(keys: RepositoryKeys, disk: string, point: string): string {
+  return `${PREFIX}${diskFolder(keys, disk)}/${point}`
+}
+
+/** Paths of all manifests, or of one disk's; sorted by folder, then by time. */
+export async function manifestPaths(
+  store: BlobStore,
+  keys: RepositoryKeys,
+  disk?: string,
+): Promise<string[]> {
+  const prefix = disk === undefined ? PREFIX : `${PREFIX}${diskFolder(keys, disk)}/`
+  return (await store.list(prefix)).filter((path) => isUlid(path.slice(-26)) && path.at(-27) === '/')
+}
+
+export function pointOf(path: string): string {
+  return path.slice(-26)
+}
+
+/**
+ * The manifest that `name` means.
+ * @throws NOT_FOUND; USAGE when a prefix fits several points
+ */
+export async function findManifest(store: BlobStore, keys: RepositoryKeys, name: PointName): Promise<string> {
+  checkDiskName(name.disk)
+  const paths = await manifestPaths(store, keys, name.disk)
+  if (paths.length === 0) {
+    throw new VarveError('NOT_FOUND', `Cannot find disk ${name.disk}: the repository has no point of it`, {
+      fields: { disk: name.disk },
+    })
+  }
+  if (name.point.toLowerCase() === 'latest') return paths.at(-1)!
+  const wanted = name.point.toUpperCase()
+  const fitting = wanted === '' ? [] : paths.filter((path) => pointOf(path).startsWith(wanted))
+  if (fitting.length > 1) {
+    throw new VarveError(
+      'USAGE',
+      `Cannot choose a point of ${name.disk}: ${fitting.length} ids begin with ${name.point}`,
+    )
+  }
+  if (fitting.length === 0) {
+    throw new VarveError('NOT_FOUND', `Cannot find point ${name.point} of disk ${name.disk}`, {
+      fields: { disk: name.disk, point: name.point },
+    })
+  }
+  return fitting[0]!
+}
+
+export function pointInfo(facts: ManifestFacts): PointInfo {
+  return {
+    disk: facts.disk,
+    point: facts.point,
+    created: facts.created,
+    virtualSize: facts.virtualSize,
+    blockBytes: facts.blockBytes,
+    inUseBytes: facts.inUseBytes,
+    storedBytes: facts.storedBytes,
+    readBytes: facts.readBytes,
+    changedBytes: facts.changedBytes,
+    newChunks: facts.newChunks,
+    reusedChunks: facts.reusedChunks,
+    seconds: facts.seconds,
+    regions: facts.regions ?? null,
+    about: facts.about ?? null,
+  }
+}
+
+/** Facts of every point; one whose manifest cannot be read has `error` and no figures. */
+export async function listPoints(
+  store: BlobStore,
+  keys: RepositoryKeys,
+  disk: string | undefined,
+): Promise<{ path: string; info: PointInfo }[]> {
+  const points: { path: string; info: PointInfo }[] = []
+  const diskOfFolder = new Map<string, string>()
+  for (const path of await manifestPaths(store, keys, disk)) {
+    try {
+      const facts = await readFacts(store, keys, path)
+      diskOfFolder.set(folderOf(path), facts.disk)
+      points.push({ path, info: pointInfo(facts) })
+    } catch (error) {
+      if (!isVarveError(error)) throw error
+      // Removed by another program since it was listed.
+      if (error.code === 'NOT_FOUND') continue
+      points.push({ path, info: damagedInfo(disk ?? '', pointOf(path), error) })
+    }
+  }
+  const named = points.map(({ path, info }) =>
+    info.error && info.disk === ''
+      ? {
+          path,
+          info: { ...info, disk: diskOfFolder.get(folderOf(path)) ?? nameOfFolder(keys, folderOf(path)) },
+        }
+      : { path, info },
+  )
+  const key = (info: PointInfo): string => `${info.disk}\0${info.point}`
+  return named.sort((a, b) => (key(a.info) < key(b.info) ? -1 : 1))
+}
+
+function folderOf(path: string): string {
+  return path.slice(PREFIX.length, -27)
+}
+
+function nameOfFolder(keys: RepositoryKeys, folder: string): string {
+  if (keys.sealing !== 'none') return folder
+  try {
+    return decodeURIComponent(folder)
+  } catch {
+    return folder
+  }
+}
+
+function damagedInfo(disk: string, point: string, error: VarveError): PointInfo {
+  return {
+    disk,
+    point,
+    created: new Date(ulidTime(point)).toISOString(),
+    virtualSize: 0,
+    blockBytes: 512,
+    inUseBytes: 0,
+    storedBytes: 0,
+    readBytes: 0,
+    changedBytes: 0,
+    newChunks: 0,
+    reusedChunks: 0,
+    seconds: 0,
+    regions: null,
+    about: null,
+    error,
+  }
+}
