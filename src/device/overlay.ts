@@ -27,19 +27,21 @@ export class OverlayDevice implements BlockDevice {
   readonly blockSize: number
   readonly features: Features
   readonly #inner: BlockDevice
+  readonly #mostBytes: number
   readonly #pages = new Map<number, Page>()
   /** Of all pages, in bytes of the device; undefined after a patch. */
   #patched: RangeSet | undefined = RangeSet.empty
   #disposed = false
 
-  constructor(inner: BlockDevice) {
+  constructor(inner: BlockDevice, options: { readonly mostBytes?: number } = {}) {
     this.#inner = inner
+    this.#mostBytes = options.mostBytes ?? LIMITS.overlayBytes
     this.size = inner.size
     this.blockSize = inner.blockSize
     this.features = { ...inner.features, write: false, resize: false }
   }
 
-  /** Number of bytes held; at most LIMITS.overlayBytes. */
+  /** Number of bytes held, in whole pages; at most `mostBytes` (LIMITS.overlayBytes). */
   get heldBytes(): number {
     return this.#pages.size * PAGE
   }
@@ -149,11 +151,8 @@ export class OverlayDevice implements BlockDevice {
   #page(index: number): Page {
     let page = this.#pages.get(index)
     if (!page) {
-      if (this.heldBytes + PAGE > LIMITS.overlayBytes) {
-        throw new VarveError(
-          'LIMIT',
-          `Cannot replay: found more than ${LIMITS.overlayBytes} bytes of patches`,
-        )
+      if (this.heldBytes + PAGE > this.#mostBytes) {
+        throw new VarveError('LIMIT', `Cannot replay: found more than ${this.#mostBytes} bytes of patches`)
       }
       page = { bytes: new Uint8Array(PAGE), patched: RangeSet.empty }
       this.#pages.set(index, page)

@@ -30,7 +30,7 @@ import {
   type ResizableBlockDevice,
 } from '../block-device.ts'
 import { syncFolder } from './sync-folder.ts'
-import { type Advice, FALLOCATE, systemCalls } from './system-calls.ts'
+import { type Advice, FALLOCATE, mayHaveSystemCalls, systemCalls } from './system-calls.ts'
 import { isNotOffered } from './system-error.ts'
 
 /** What `openHostFile` found out about the file that it opened. */
@@ -78,7 +78,7 @@ export class HostFileDevice implements ResizableBlockDevice {
     this.features = {
       write: opened.write,
       resize: opened.write && isFile,
-      sparse: isFile && systemCalls() !== undefined,
+      sparse: isFile && mayHaveSystemCalls(),
       places: true,
     }
   }
@@ -330,22 +330,20 @@ export class HostFileDevice implements ResizableBlockDevice {
     }
   }
 
+  /** Zeros by writing them, but not over holes, which are zero already and would only cost space. */
   async #writeZeros(offset: number, length: number, signal: AbortSignal | undefined): Promise<void> {
     const end = offset + length
     for (let at = offset; at < end; ) {
-      let stop = end
-      if (this.features.sparse) {
-        // A hole is zero already; writing it would only cost space.
-        const data = systemCalls()?.seekData(this.file.fd, at) ?? end
-        if (data > at) {
-          at = Math.min(data, end)
-          continue
+      const list = new ExtentList()
+      if (this.features.sparse) this.#seekExtents(list, at, end, performance.now() + EXTENTS_MS)
+      if (list.count === 0) list.add(at, end - at, 'data')
+      for (const extent of list.finish()) {
+        at = extent.offset + extent.length
+        if (extent.kind === 'zero') continue
+        for (let from = extent.offset; from < at; from += ZEROS.length) {
+          await this.#writeAll(from, ZEROS.subarray(0, Math.min(ZEROS.length, at - from)), signal)
         }
-        stop = Math.min(systemCalls()?.seekHole(this.file.fd, at) ?? end, end)
       }
-      stop = Math.max(Math.min(stop, at + ZEROS.length), at + 1)
-      await this.#writeAll(at, ZEROS.subarray(0, stop - at), signal)
-      at = stop
     }
   }
 }

@@ -71,6 +71,20 @@ export function systemCalls(): SystemCalls | undefined {
 }
 
 /**
+ * Whether `systemCalls()` will answer, as far as that can be said without loading anything: true may still turn
+ * out wrong where koffi is not installed.
+ */
+export function mayHaveSystemCalls(): boolean {
+  if (forced) return forced.calls !== undefined
+  if (loaded !== undefined) return loaded !== 'none'
+  return (
+    process.env['VARVE_PLAIN_IO'] !== '1' &&
+    process.platform === 'linux' &&
+    ARCHITECTURES.includes(process.arch)
+  )
+}
+
+/**
  * For tests: until the result is disposed of, `systemCalls()` answers `calls` (undefined: a host without any).
  */
 export function forceSystemCalls(calls: SystemCalls | undefined): Disposable {
@@ -103,8 +117,7 @@ const FLOCK_NO_WAIT = 4
 const ADVICE = { normal: 0, random: 1, sequential: 2, willneed: 3, dontneed: 4 } as const
 
 function load(): SystemCalls | undefined {
-  if (process.env['VARVE_PLAIN_IO'] === '1') return undefined
-  if (process.platform !== 'linux' || !ARCHITECTURES.includes(process.arch)) return undefined
+  if (!mayHaveSystemCalls()) return undefined
   try {
     return bind(createRequire(import.meta.url)('koffi') as typeof koffi)
   } catch {

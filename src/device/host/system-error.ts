@@ -41,6 +41,9 @@ const NOT_OFFERED: ReadonlySet<string> = new Set([
   'ETXTBSY',
 ])
 
+// Some numbers have two names; the first is the one that Node uses (EAGAIN, not EWOULDBLOCK).
 const NAMES: ReadonlyMap<number, string> = new Map(
-  Object.entries(constants.errno).map(([name, value]) => [value, name]),
+  Object.entries(constants.errno)
+    .map(([name, value]): [number, string] => [value, name])
+    .reverse(),
 )
