@@ -106,21 +106,6 @@ describe('foreign signatures', () => {
     }
     assert.ok(judged >= Object.keys(LIBBLKID).length)
   })
-
-  test('a physical volume made by LVM is one', { skip: needs('pvcreate') || needsRoot() }, async () => {
-    await using dir = await tempDir()
-    const image = dir.file('image')
-    await writeFile(image, '')
-    await truncate(image, 8 * MIB)
-    const loop = (await must('losetup', ['-f', '--show', image])).trim()
-    try {
-      const plain = `devices{filter=["a|^${loop}$|","r|.*|"] use_devicesfile=0} global{locking_type=0}`
-      await must('pvcreate', ['-q', '--driverloaded', 'n', '--config', plain, loop])
-    } finally {
-      await must('losetup', ['-d', loop])
-    }
-    assert.deepEqual(await recognized(new Uint8Array(await readFile(image))), ['lvm2'])
-  })
 })
 
 describe('members of a RAID', () => {
