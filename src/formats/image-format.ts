@@ -30,7 +30,19 @@ export interface ImageLayer extends BlockDevice {
   readonly id?: string
 }
 
-export interface WritableImageLayer extends ImageLayer, WritableBlockDevice {}
+export interface WritableImageLayer extends ImageLayer, WritableBlockDevice {
+  /**
+   * Writes one allocation unit compressed, where the format can: `offset` is aligned to it, `bytes` are the whole
+   * unit (shorter only at the disk's end). Calls may overlap: compression runs in parallel. Same rules as `write`.
+   */
+  writeCompressed?(offset: number, bytes: Uint8Array, signal?: AbortSignal): Promise<void>
+}
+
+/**
+ * Gives what stands below a layer in a range that the layer does not hold: a write of less than one allocation
+ * unit needs the rest of it. Fills `into` completely; zeros where there is nothing below.
+ */
+export type FillAbsent = (offset: number, into: Uint8Array, signal?: AbortSignal) => Promise<void>
 
 export interface OpenOptions extends Context {
   /** Open for writing; the format throws UNSUPPORTED when it cannot. Default false. */
@@ -40,11 +52,18 @@ export interface OpenOptions extends Context {
    * in the image, under the chain's path policy. The layer owns what it gets. Absent: such images are refused.
    */
   readonly openPart?: (name: string) => Promise<BlockDevice>
+  /**
+   * For layers with a backing file that are open for writing; the chain supplies it. Without it, a write that
+   * needs bytes of the backing file is refused (UNSUPPORTED).
+   */
+  readonly fillAbsent?: FillAbsent
 }
 
 export interface CreateOptions extends Context {
   readonly virtualSize: number
   readonly backing?: BackingReference
+  /** As in OpenOptions. */
+  readonly fillAbsent?: FillAbsent
   /** Format's own settings, e.g. `clusterBytes` for qcow2. Unknown ones are a USAGE error. */
   readonly settings?: Readonly<Record<string, string | number | boolean>>
 }

@@ -1,20 +1,39 @@
 /** qcow2, versions 2 and 3: docs/formats/qcow2.md. */
-import { VarveError } from '../../base/index.ts'
-import type { BlockDevice } from '../../device/index.ts'
-import type { ImageFormat, ImageLayer, OpenOptions } from '../image-format.ts'
+import type { BlockDevice, ResizableBlockDevice } from '../../device/index.ts'
+import type {
+  CreateOptions,
+  ImageFormat,
+  ImageLayer,
+  OpenOptions,
+  WritableImageLayer,
+} from '../image-format.ts'
+import { createImage } from './create.ts'
 import { isQcow2 } from './layout.ts'
 import { Qcow2Layer } from './qcow2-layer.ts'
+import { Qcow2Writer } from './qcow2-writer.ts'
 
+export type { Qcow2Settings } from './create.ts'
 export type { Snapshot } from './layout.ts'
 export type { Qcow2OpenOptions } from './open-image.ts'
 export { Qcow2Layer } from './qcow2-layer.ts'
+export { Qcow2Writer } from './qcow2-writer.ts'
 
 export const qcow2Format: ImageFormat = {
   name: 'qcow2',
   aliases: [],
   probe: (head) => isQcow2(head),
   async open(file: BlockDevice, options: OpenOptions): Promise<ImageLayer> {
-    if (options.write) throw new VarveError('UNSUPPORTED', 'Cannot open qcow2 image for writing')
-    return await Qcow2Layer.open(file, options)
+    return options.write ? await Qcow2Writer.open(file, options) : await Qcow2Layer.open(file, options)
+  },
+  async create(file: ResizableBlockDevice, options: CreateOptions): Promise<WritableImageLayer> {
+    await createImage(file, options)
+    const { fillAbsent, log, progress, signal } = options
+    return await Qcow2Writer.open(file, {
+      write: true,
+      log,
+      progress,
+      signal,
+      ...(fillAbsent ? { fillAbsent } : {}),
+    })
   },
 }

@@ -8,8 +8,8 @@
  *   writer's checkpoint writes it and marks it clean. So a table that was changed is found here until it is
  *   on disk, and a reader never sees an older state than a writer left.
  */
-import { LIMITS, mapBounded } from '../../base/index.ts'
-import type { BlockDevice } from '../../device/index.ts'
+import { assert, LIMITS, mapBounded } from '../../base/index.ts'
+import type { BlockDevice, WritableBlockDevice } from '../../device/index.ts'
 
 /** Reads are joined up to this many bytes. */
 const JOINED_BYTES = 2_097_152
@@ -103,6 +103,9 @@ export class TableCache {
   }
 
   markDirty(table: Table): void {
+    const present = this.#tables.get(table.offset)
+    assert(!present || present === table, 'one copy of a table is in memory')
+    if (!present) this.#tables.set(table.offset, table)
     table.dirty = true
     this.#dirty.add(table)
   }
@@ -169,4 +172,29 @@ export class TableCache {
       if (this.#tables.size <= this.#limit) return
     }
   }
+}
+
+/** Writes every dirty table of `cache`, neighbours in one go, and marks them clean. */
+export async function writeTables(
+  file: WritableBlockDevice,
+  cache: TableCache,
+  signal?: AbortSignal,
+): Promise<void> {
+  const groups: Table[][] = []
+  for (const table of cache.dirtyTables) {
+    const group = groups.at(-1)
+    const last = group?.at(-1)
+    if (
+      last &&
+      last.offset + last.bytes.length === table.offset &&
+      group!.length * table.bytes.length < JOINED_BYTES
+    ) {
+      group!.push(table)
+    } else groups.push([table])
+  }
+  await mapBounded(groups, PARALLEL_READS, async (group) => {
+    const bytes = group.length === 1 ? group[0]!.bytes : Buffer.concat(group.map((table) => table.bytes))
+    await file.write(group[0]!.offset, bytes, signal)
+    for (const table of group) cache.markClean(table)
+  })
 }
