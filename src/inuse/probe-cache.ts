@@ -1,26 +1,31 @@
 /**
- * A device that remembers small reads, so that forty probes of the same sectors cost a handful of reads. Borrows
+ * A device that remembers small reads, so that forty probes of the same places cost a handful of reads. Borrows
  * the device below, which must not change while this one lives (a snapshot does not).
  *
- * Rules: it fetches whole sectors, not more: on a 20 GiB disk probing must cost kilobytes. Large reads (bitmaps,
- * tables) pass through unremembered. What the device below throws is known again by `failedWith`, so that a caller
- * can tell a failing disk from a reader that refuses what stands on it.
+ * Rules: it fetches short lines, because most probes look at ten bytes in the middle of nowhere and a whole disk
+ * must cost kilobytes; only the start, which holds most signatures, comes at once, and both sides of a page
+ * boundary (a swap area signs before it, others after it). Large reads (bitmaps, tables) pass through
+ * unremembered. What the device below throws is known again by `failedWith`, so that a caller can tell a failing
+ * disk from a reader that refuses what stands on it.
  */
 import { type BlockDevice, checkRange, type Features } from '../device/index.ts'
 import type { Extent } from '../extents/index.ts'
 
-const SECTOR = 512
-/** The first page holds most signatures: fetched in one read. */
-const FIRST_PAGE = 4096
+const LINE = 64
+const PAGE_LINES = 64
+/** Up to the signatures at 2048, and what follows them in their line. */
+const START_LINES = 33
+/** Signatures stand on both sides of page boundaries below this line; further on they are few. */
+const PAIRED_LINES = 2048
 const LARGEST_KEPT = 8192
-const MOST_SECTORS = 2048
+const MOST_LINES = 16_384
 
 export class ProbeCache implements BlockDevice {
   readonly size: number
   readonly blockSize: number
   readonly features: Features
   readonly #inner: BlockDevice
-  readonly #sectors = new Map<number, Uint8Array>()
+  readonly #lines = new Map<number, Uint8Array>()
   readonly #failures = new WeakSet<Error>()
 
   constructor(inner: BlockDevice) {
@@ -46,12 +51,12 @@ export class ProbeCache implements BlockDevice {
       await this.#below(offset, into, signal)
       return
     }
-    const first = Math.floor(offset / SECTOR)
-    const end = Math.ceil((offset + into.length) / SECTOR)
+    const first = Math.floor(offset / LINE)
+    const end = Math.ceil((offset + into.length) / LINE)
     const kept = await this.#fetch(first, end, signal)
-    for (let sector = first; sector < end; sector++) {
-      const bytes = kept.get(sector)!
-      const base = sector * SECTOR
+    for (let line = first; line < end; line++) {
+      const bytes = kept.get(line)!
+      const base = line * LINE
       const from = Math.max(offset, base)
       const to = Math.min(offset + into.length, base + bytes.length)
       into.set(bytes.subarray(from - base, to - base), from - offset)
@@ -63,36 +68,43 @@ export class ProbeCache implements BlockDevice {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    this.#sectors.clear()
+    this.#lines.clear()
   }
 
-  /** Sectors `[first, end)`, each run of missing ones by one read. The last of the device may be short. */
+  /** Lines `[first, end)`, each run of missing ones by one read. The last of the device may be short. */
   async #fetch(
     first: number,
     end: number,
     signal: AbortSignal | undefined,
   ): Promise<Map<number, Uint8Array>> {
+    const lines = Math.ceil(this.size / LINE)
     const found = new Map<number, Uint8Array>()
-    for (let sector = first; sector < end; ) {
-      const kept = this.#sectors.get(sector)
+    for (let line = first; line < end; ) {
+      const kept = this.#lines.get(line)
       if (kept) {
-        found.set(sector, kept)
-        sector += 1
+        found.set(line, kept)
+        line += 1
         continue
       }
-      let stop = sector + 1
-      while (stop < end && !this.#sectors.has(stop)) stop += 1
-      if (stop * SECTOR <= FIRST_PAGE) stop = FIRST_PAGE / SECTOR
-      const from = sector * SECTOR
-      const bytes = new Uint8Array(Math.min(stop * SECTOR, this.size) - from)
-      await this.#below(from, bytes, signal)
-      if (this.#sectors.size + stop - sector > MOST_SECTORS) this.#sectors.clear()
-      for (; sector < stop && sector * SECTOR < this.size; sector++) {
-        const one = bytes.subarray(sector * SECTOR - from, (sector + 1) * SECTOR - from)
-        this.#sectors.set(sector, one)
-        if (sector < end) found.set(sector, one)
+      let stop = line + 1
+      while (stop < end && !this.#lines.has(stop)) stop += 1
+      if (line < START_LINES) {
+        line = 0
+        stop = Math.max(stop, START_LINES)
+      } else if (end - first <= 2 && end < PAIRED_LINES) {
+        if (stop % PAGE_LINES === 0) stop += 1
+        if (line % PAGE_LINES === 0 && !this.#lines.has(line - 1)) line -= 1
       }
-      sector = Math.min(stop, end)
+      stop = Math.min(stop, lines)
+      const from = line * LINE
+      const bytes = new Uint8Array(Math.min(stop * LINE, this.size) - from)
+      await this.#below(from, bytes, signal)
+      if (this.#lines.size + stop - line > MOST_LINES) this.#lines.clear()
+      for (; line < stop; line++) {
+        const one = bytes.subarray(line * LINE - from, (line + 1) * LINE - from)
+        this.#lines.set(line, one)
+        found.set(line, one)
+      }
     }
     return found
   }

@@ -41,12 +41,21 @@ export const btrfsType: FileSystemType = {
 
   async probe(device) {
     if (device.size < SUPER_OFFSET + SUPER_BYTES) return false
-    return isSuperBlock(await readBytes(device, SUPER_OFFSET, SUPER_BYTES))
+    // As far as the magic number: a probe is paid for on every disk.
+    return isSuperBlock(await readBytes(device, SUPER_OFFSET, 0x48))
   },
 
   async open(device, context) {
     const [fs] = await openBtrfs([device], context)
     return fs!
+  },
+
+  together: {
+    async group(device) {
+      const sb = await readSuper(device)
+      return sb.numDevices > 1 ? sb.fsid : undefined
+    },
+    open: openBtrfs,
   },
 }
 
