@@ -226,7 +226,7 @@ describe('mapInUse', () => {
     disk.set(swapArea(64))
     assert.deepEqual(short((await mapOf(disk)).regions), ['swap'])
     disk.set([0xfc, 0x4e, 0x2b, 0xa9], MIB - 65_536)
-    assert.deepEqual(short((await mapOf(disk)).regions), ['md: volume-member'])
+    assert.deepEqual(short((await mapOf(disk)).regions), ['md: md-super-invalid'])
   })
 
   test('a partition table inside a partition is not followed', async () => {

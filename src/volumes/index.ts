@@ -2,6 +2,7 @@
 import { gpt } from './gpt/index.ts'
 import { lvm } from './lvm/index.ts'
 import { mbr } from './mbr/index.ts'
+import { md } from './md/index.ts'
 import type { VolumeScheme } from './volume.ts'
 
 export * from './volume.ts'
@@ -10,4 +11,4 @@ export * from './volume.ts'
  * In the order in which groups are assembled: what others are stacked on comes first (md before LVM2), so that
  * all members of a group are known when it is opened.
  */
-export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr, lvm]
+export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr, md, lvm]

@@ -5,7 +5,7 @@
 import { NotTrusted } from '../../base/index.ts'
 import { type BlockDevice, readBytes } from '../../device/index.ts'
 import type { FileSystemType } from '../file-system.ts'
-import { findRaidMember } from './md.ts'
+import { findRaidMember } from './raid.ts'
 import { type Mark, SIGNATURES, type Signature } from './table.ts'
 
 /** One type per signature of the table. */

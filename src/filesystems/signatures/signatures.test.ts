@@ -110,28 +110,9 @@ describe('foreign signatures', () => {
 
 describe('members of a RAID', () => {
   const SIZE = 3 * MIB + 12_345 * 512 + 100
-  const at = {
-    '1.1': 0,
-    '1.2': 4096,
-    '1.0': (Math.floor(SIZE / 512) - 16 - ((Math.floor(SIZE / 512) - 16) % 8)) * 512,
-    '0.90': SIZE - (SIZE % 65_536) - 65_536,
-  }
-  for (const [version, offset] of Object.entries(at)) {
-    test(`md ${version} is found`, async () => {
-      const bytes = marked({ at: offset, text: '\xfc\x4e\x2b\xa9' }, SIZE)
-      assert.equal(await raidMember.probe(new MemoryDevice(bytes)), true)
-      await assert.rejects(raidMember.open(new MemoryDevice(bytes), {}), (error: unknown) => {
-        assert.ok(error instanceof NotTrusted)
-        assert.deepEqual([error.reason, error.about.kind], ['volume-member', 'md'])
-        return true
-      })
-    })
-  }
-
-  test('md 0.90 of a big-endian machine, DDF and Intel metadata are found', async () => {
+  test('DDF and Intel metadata are found', async () => {
     const sectors = Math.floor(SIZE / 512)
     for (const mark of [
-      { at: at['0.90'], text: '\xa9\x2b\x4e\xfc' },
       { at: (sectors - 1) * 512, text: '\xde\x11\xde\x11' },
       { at: (sectors - 2) * 512, text: 'Intel Raid ISM Cfg Sig. 1.0.00' },
     ]) {
