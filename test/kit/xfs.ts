@@ -54,6 +54,16 @@ export function fillTree(at: string, random: Random, files: number): void {
   }
 }
 
+/** A file of so many extents that its extent tree has levels, and attributes that fill blocks of their own. */
+export async function makeManyExtents(at: string, extents: number): Promise<void> {
+  const path = join(at, 'extents')
+  const fd = openSync(path, 'w')
+  const block = new Uint8Array(4096).fill(7)
+  for (let i = 0; i < extents; i++) writeSync(fd, block, 0, block.length, i * 8192)
+  closeSync(fd)
+  for (let i = 0; i < 20; i++) await must('setfattr', ['-n', `user.a${i}`, '-v', 'v'.repeat(i * 100), path])
+}
+
 export interface XfsFree {
   /** Bytes that the by-block-number btrees call free. */
   readonly btree: RangeSet

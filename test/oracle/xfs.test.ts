@@ -3,12 +3,12 @@ import assert from 'node:assert/strict'
 import { truncate, writeFile } from 'node:fs/promises'
 import { describe, test } from 'node:test'
 import { CountingDevice, openHostFile } from '../../src/device/index.ts'
-import { xfsType } from '../../src/filesystems/xfs/index.ts'
+import { XfsFileSystem, xfsType } from '../../src/filesystems/xfs/index.ts'
 import { must, needs, needsRoot, patternAt, Random, tempDir } from '../kit/index.ts'
-import { fillTree, freeByXfsDb, makeXfs } from '../kit/xfs.ts'
+import { fillTree, freeByXfsDb, makeManyExtents, makeXfs } from '../kit/xfs.ts'
 import { mounted } from '../poison/mount.ts'
 
-const skip = needs('mkfs.xfs', 'xfs_db', 'mount') || needsRoot()
+const skip = needs('mkfs.xfs', 'xfs_db', 'mount', 'setfattr') || needsRoot()
 
 interface Variant {
   readonly args: readonly string[]
@@ -48,6 +48,7 @@ describe('XFS used map of an unmounted file system', { skip }, () => {
       {
         await using mount = await mounted(image, { type: 'xfs' })
         fillTree(mount.path, random, variant.files ?? 600)
+        await makeManyExtents(mount.path, 700)
         if (variant.growMib) {
           await truncate(image, variant.growMib * 2 ** 20)
           await must('losetup', ['--set-capacity', mount.device])
@@ -114,10 +115,20 @@ describe('XFS reads', { skip: needs('mkfs.xfs') }, () => {
 
 async function compare(image: string, what: string): Promise<void> {
   await using device = await openHostFile(image)
-  const used = await (await xfsType.open(device, {})).used({})
+  const fileSystem = await xfsType.open(device, {})
+  assert.ok(fileSystem instanceof XfsFileSystem)
+  const used = await fileSystem.used({})
   assert.equal(used.trust, 'exact', what)
   const { btree } = await freeByXfsDb(image)
   const expected = btree.complement(0, device.size)
   assert.equal(expected.subtract(used.ranges).toString(), '', `in use and not in the map (${what})`)
   assert.equal(used.ranges.subtract(expected).toString(), '', `in the map and free (${what})`)
+
+  // The other way round: what inodes own is all of it but the log and the trees of the groups.
+  const owned = await fileSystem.audit({})
+  assert.equal(owned.subtract(expected).toString(), '', `owned and free (${what})`)
+  const log = /log.*bsize=(\d+) +blocks=(\d+)/.exec(await must('xfs_info', [image]))
+  const tail = device.size - fileSystem.size
+  const rest = expected.subtract(owned).size - Number(log?.[1]) * Number(log?.[2]) - tail
+  assert.ok(rest < 2 ** 21, `${rest} bytes in use and not owned (${what})`)
 }

@@ -14,7 +14,7 @@
  */
 import { Bytes, mapBounded, throwIfAborted } from '../../base/index.ts'
 import { RangeSet, RangeSetBuilder } from '../../extents/index.ts'
-import type { BlockReader, Identity, Loaded, Place } from './blocks.ts'
+import type { BlockReader, Identity, Loaded } from './blocks.ts'
 import {
   AG_HEADER_SECTORS,
   AG_SECTOR,
@@ -33,19 +33,15 @@ import {
   BTREE_MAGIC,
   decodeAgf,
   decodeAgi,
-  decodeBtreeHeader,
   MAX_LEVELS,
-  NULL_AGBNO,
   RO_COMPAT,
-  SHORT,
   type Superblock,
 } from './layout.ts'
-import { agByte, agLength, splitFsbno } from './superblock.ts'
+import { walkShortTree } from './short-btree.ts'
+import { agByte, agLength, headerBlocks, splitFsbno } from './superblock.ts'
 
 /** AGs worked on at a time. */
 const PARALLEL_AGS = 16
-/** Bytes of tree blocks read at a time per AG. */
-const BATCH_BYTES = 1 << 20
 
 const AGF_IDENTITY: Identity = { crcAt: AGF_CRC_AT, uuidAt: AGF_UUID_AT, blknoAt: -1 }
 const AGI_IDENTITY: Identity = { crcAt: AGI_CRC_AT, uuidAt: AGI_UUID_AT, blknoAt: -1 }
@@ -132,11 +128,6 @@ async function readAgFreeSpace(reader: BlockReader, agno: number): Promise<Range
   return free.shift(agno * sb.agblocks).scale(sb.blockBytes)
 }
 
-/** Blocks at the start of an AG that hold its four header sectors. */
-function headerBlocks(sb: Superblock): number {
-  return Math.ceil((AG_HEADER_SECTORS * sb.sectorBytes) / sb.blockBytes)
-}
-
 /** AGF, AGI and AGFL of an AG, checked. One read. @throws NotTrusted */
 export async function readAgHeaders(reader: BlockReader, agno: number): Promise<AgHeaders> {
   const { sb } = reader
@@ -216,12 +207,6 @@ function readFreeList(reader: BlockReader, agno: number, agf: Agf, load: () => U
   return list
 }
 
-/** One level of a short btree: the blocks, left to right, with the least and the last key allowed in each. */
-interface Child {
-  readonly block: number
-  readonly key: number
-}
-
 interface Walk {
   /** In blocks of the AG. */
   readonly free: RangeSet
@@ -230,80 +215,32 @@ interface Walk {
 }
 
 async function walkBnobt(reader: BlockReader, headers: AgHeaders): Promise<Walk> {
-  const { sb } = reader
   const { agno, length, agf } = headers
-  const shape = SHORT[sb.version]
-  const magic = BTREE_MAGIC.bno[sb.version - 4]!
-  const leafRecords = Math.floor((sb.blockBytes - shape.headerBytes) / 8)
-  const nodeRecords = Math.floor((sb.blockBytes - shape.headerBytes) / 12)
-  const refuse = (found: string, expected: string): never => {
-    throw reader.refuse('xfs-free-space-tree', `${found} in AG ${agno}`, expected)
-  }
   const free = new RangeSetBuilder()
-  const blocks: number[] = []
   let lastEnd = 0
-  let level: Child[] = [{ block: agf.bnoRoot, key: 0 }]
-
-  for (let height = agf.bnoLevel - 1; height >= 0; height--) {
-    const below: Child[] = []
-    const batch = Math.max(1, Math.floor(BATCH_BYTES / sb.blockBytes))
-    for (let first = 0; first < level.length; first += batch) {
-      throwIfAborted(reader.signal)
-      const places = level
-        .slice(first, first + batch)
-        .map(({ block }): Place => ({ offset: agByte(sb, agno, block), length: sb.blockBytes }))
-      const loaded = await reader.read(places)
-      for (const [i, raw] of loaded.entries()) {
-        const index = first + i
-        const { block, key } = level[index]!
-        const keyAfter = level[index + 1]?.key ?? Number.POSITIVE_INFINITY
-        const { bytes } = reader.finish(
-          raw,
-          shape,
-          magic,
-          `block ${block} of the free-space tree of AG ${agno}`,
-        )
-        const b = new Bytes(bytes, 'big', 'bnobt block')
-        const header = decodeBtreeHeader(b, shape)
-        if (header.level !== height) refuse(`level ${header.level} at block ${block}`, String(height))
-        if (sb.version === 5 && b.u32(shape.ownerAt) !== agno)
-          refuse(`a block of AG ${b.u32(shape.ownerAt)}`, `${agno}`)
-        const left = level[index - 1]?.block ?? NULL_AGBNO
-        const right = level[index + 1]?.block ?? NULL_AGBNO
-        if (header.leftsib !== BigInt(left) || header.rightsib !== BigInt(right))
-          refuse(
-            `siblings ${header.leftsib} and ${header.rightsib} at block ${block}`,
-            `${left} and ${right}`,
-          )
-        const most = height === 0 ? leafRecords : nodeRecords
-        const isRoot = height === agf.bnoLevel - 1
-        if (header.numrecs > most || (header.numrecs === 0 && !(isRoot && height === 0)))
-          refuse(`${header.numrecs} records at block ${block}`, `1 to ${most}`)
-        blocks.push(block)
-        for (let r = 0; r < header.numrecs; r++) {
-          const at = shape.headerBytes + r * 8
-          const start = b.u32(at)
-          if (start < key || start >= keyAfter)
-            refuse(`record ${start} at block ${block}`, `${key} to ${keyAfter}`)
-          if (height === 0) {
-            const end = start + b.u32(at + 4)
-            // Free extents that touch are one extent.
-            if (end === start || end > length || (lastEnd > 0 && start <= lastEnd))
-              refuse(`a free extent [${start}, ${end})`, `one after ${lastEnd} and inside ${length} blocks`)
-            free.add(start, end)
-            lastEnd = end
-          } else {
-            const child = b.u32(shape.headerBytes + nodeRecords * 8 + r * 4)
-            if (child < headerBlocks(sb) || child >= length) refuse(`a pointer to ${child}`, 'one inside')
-            const before = below.at(-1)
-            if (before && start <= before.key) refuse(`key ${start} after ${before.key}`, 'ascending keys')
-            below.push({ block: child, key: start })
-          }
-        }
-        if (below.length + blocks.length > length) refuse('more tree blocks than blocks', `at most ${length}`)
-      }
-    }
-    level = below
+  const tree = {
+    name: 'free-space tree',
+    reason: 'xfs-free-space-tree',
+    magic: BTREE_MAGIC.bno,
+    recordBytes: 8,
+    keyBytes: 8,
+    agno,
+    root: agf.bnoRoot,
+    levels: agf.bnoLevel,
   }
+  const blocks = await walkShortTree(reader, tree, (block, at) => {
+    const start = block.u32(at)
+    const end = start + block.u32(at + 4)
+    // Free extents that touch are one extent.
+    if (end === start || end > length || (lastEnd > 0 && start <= lastEnd)) {
+      throw reader.refuse(
+        'xfs-free-space-tree',
+        `a free extent [${start}, ${end}) in AG ${agno}`,
+        `one after ${lastEnd} and inside ${length} blocks`,
+      )
+    }
+    free.add(start, end)
+    lastEnd = end
+  })
   return { free: free.build(), blocks }
 }

@@ -1,2 +1,2 @@
 /** XFS v4 and v5. */
-export { xfsType } from './xfs.ts'
+export { XfsFileSystem, xfsType } from './xfs.ts'

@@ -15,6 +15,7 @@
  * Rule: an operation, item or region that contradicts itself stops the replay (NotTrusted), never skips ahead.
  */
 import { Bytes, LIMITS, NotTrusted } from '../../base/index.ts'
+import { applyInode, decodeInodeItem, type InodePatch } from './inodes.ts'
 import {
   BB,
   BUF_FLAG,
@@ -81,12 +82,18 @@ export class LogReplay {
   readonly #open = new Map<number, Transaction>()
   /** By address; per buffer in log order. */
   readonly #buffers = new Map<number, BufferPatch[]>()
+  readonly #keepInodes: boolean
+  readonly #inodes = new Map<number, InodePatch[]>()
+  /** Inodes with items, by the address of the buffer they live in. */
+  readonly #inodeBuffers = new Map<number, Set<number>>()
   #heldBytes = 0
   /** Checkpoints that were committed. */
   transactions = 0
 
-  constructor(sb: Superblock) {
+  /** `inodes`: keeps inode items as well, for `applyInode`. */
+  constructor(sb: Superblock, options: { readonly inodes?: boolean } = {}) {
     this.#sb = sb
+    this.#keepInodes = options.inodes ?? false
   }
 
   /** Number of buffers that some item is left for. */
@@ -132,6 +139,18 @@ export class LogReplay {
         bytes.set(piece.bytes.subarray(0, bytes.length - piece.offset), piece.offset)
         changed = true
       }
+    }
+    return changed
+  }
+
+  /**
+   * Replays what is logged for an inode over `bytes`, in place. `onDisk`: what stands on disk, if that is this
+   * inode. False when nothing was to be done.
+   */
+  applyInode(bytes: Uint8Array, ino: number, onDisk: Bytes | undefined): boolean {
+    let changed = false
+    for (const patch of this.#inodes.get(ino) ?? []) {
+      if (applyInode(bytes, onDisk, patch, this.#sb)) changed = true
     }
     return changed
   }
@@ -192,7 +211,7 @@ export class LogReplay {
         this.#refuse(record, 'xfs-log-item', `${item.total} regions`)
     } else if (item.regions.length === 1) {
       // Only now is the first region whole: it may have been continued.
-      item.keep = isKept(item.regions[0]!)
+      item.keep = this.#isKept(item.regions[0]!)
       if (!item.keep) this.#shrink(item)
     }
     item.regions.push(item.keep ? this.#hold(record, data) : EMPTY)
@@ -238,6 +257,10 @@ export class LogReplay {
         this.#refuse(record, 'xfs-log-item', `${item.regions.length} regions of ${item.total}`)
       const type = new Bytes(first, 'little').u16(0)
       if (!ITEM_TYPES.has(type)) this.#refuse(record, 'xfs-log-item', `item type 0x${type.toString(16)}`)
+      if (type === ITEM.INODE && item.keep && this.#keepInodes) {
+        this.#keepInode(record, transaction, item)
+        continue
+      }
       if (type !== ITEM.BUF || !item.keep) {
         this.#release(item)
         continue
@@ -285,7 +308,22 @@ export class LogReplay {
     patches.push({ lsn: transaction.lsn, length: format.length, pieces })
   }
 
+  #keepInode(record: LogRecord, transaction: Transaction, item: Item): void {
+    const patch = decodeInodeItem(item.regions, transaction.lsn)
+    if (!patch) this.#refuse(record, 'xfs-log-item', 'an inode item that contradicts itself')
+    const patches = this.#inodes.get(patch.ino)
+    if (patches) patches.push(patch)
+    else this.#inodes.set(patch.ino, [patch])
+    const lodgers = this.#inodeBuffers.get(patch.blkno)
+    if (lodgers) lodgers.add(patch.ino)
+    else this.#inodeBuffers.set(patch.blkno, new Set([patch.ino]))
+  }
+
   #cancel(blkno: number, length: number): void {
+    for (const ino of this.#inodeBuffers.get(blkno) ?? []) {
+      const left = this.#inodes.get(ino)?.filter((patch) => patch.blkno !== blkno || patch.length !== length)
+      if (left) this.#inodes.set(ino, left)
+    }
     const patches = this.#buffers.get(blkno)
     if (!patches) return
     const left = patches.filter((patch) => patch.length !== length)
@@ -306,6 +344,16 @@ export class LogReplay {
   #release(item: Item): void {
     for (const region of item.regions) this.#heldBytes -= region.length
     item.regions.length = 0
+  }
+
+  /** True unless the first region of an item says that nothing of it is needed. */
+  #isKept(region: Uint8Array): boolean {
+    if (region.length < 4) return false
+    const type = new Bytes(region, 'little').u16(0)
+    if (type === ITEM.INODE) return this.#keepInodes
+    if (type !== ITEM.BUF) return false
+    const format = decodeBufferFormat(region)
+    return format === undefined || (format.flags & BUF_FLAG.CANCEL) !== 0 || isKeptBuffer(format)
   }
 
   /** Leaves of an item that is not needed no more than its type. */
@@ -331,13 +379,6 @@ export class LogReplay {
 }
 
 const EMPTY: Uint8Array = new Uint8Array(0)
-
-/** True unless the first region of an item says that nothing of it is needed. */
-function isKept(region: Uint8Array): boolean {
-  if (region.length < 4 || new Bytes(region, 'little').u16(0) !== ITEM.BUF) return false
-  const format = decodeBufferFormat(region)
-  return format === undefined || (format.flags & BUF_FLAG.CANCEL) !== 0 || isKeptBuffer(format)
-}
 
 function isKeptBuffer(format: BufferFormat): boolean {
   return (format.flags & OTHER_BUFFERS) === 0 && KEPT_TYPES.has(format.bufferType)

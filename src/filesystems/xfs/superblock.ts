@@ -135,6 +135,11 @@ export function agLength(sb: Superblock, agno: number): number {
   return Math.min(sb.agblocks, sb.dblocks - agno * sb.agblocks)
 }
 
+/** Blocks at the start of an AG that hold its four header sectors. */
+export function headerBlocks(sb: Superblock): number {
+  return Math.ceil((AG_HEADER_SECTORS * sb.sectorBytes) / sb.blockBytes)
+}
+
 /** Byte offset of a block of an AG. */
 export function agByte(sb: Superblock, agno: number, agbno: number): number {
   return (agno * sb.agblocks + agbno) * sb.blockBytes

@@ -5,7 +5,9 @@
  */
 import { type Context, NotTrusted } from '../../base/index.ts'
 import { type BlockDevice, readBytes } from '../../device/index.ts'
+import type { RangeSet } from '../../extents/index.ts'
 import type { FileSystem, FileSystemType, UsedMap } from '../file-system.ts'
+import { readOwned } from './audit.ts'
 import { BlockReader, Memo } from './blocks.ts'
 import { readFreeSpace, readFreeSpaceWherePossible } from './free-space.ts'
 import { LOG_INCOMPAT_KNOWN, type Superblock } from './layout.ts'
@@ -50,7 +52,7 @@ export class XfsFileSystem implements FileSystem {
   /** @throws NotTrusted `xfs-…` */
   async used(context: Context): Promise<UsedMap> {
     const { signal } = context
-    const { state, replay } = await readLog(this.#device, this.#sb, signal)
+    const { state, replay } = await readLog(this.#device, this.#sb, { signal })
     if (!replay) {
       const reader = new BlockReader(this.#device, this.#sb, { logHead: state.head, signal })
       const free = await readFreeSpace(reader)
@@ -68,6 +70,19 @@ export class XfsFileSystem implements FileSystem {
     const grown = sb.dblocks * sb.blockBytes
     const both = after.clip(0, this.size).intersect(before).union(after.clip(this.size, grown))
     return { ranges: both.complement(0, this.#device.size), trust: 'replayed', state: 'dirty: log replayed' }
+  }
+
+  /**
+   * What inodes own, read without the free-space trees: each byte of it must be in `used()`, else the map is not to
+   * be believed. Reads every inode.
+   * @throws NotTrusted `xfs-…`
+   */
+  async audit(context: Context): Promise<RangeSet> {
+    const { signal } = context
+    const { state, replay } = await readLog(this.#device, this.#sb, { signal, inodes: true })
+    const sb = replay ? await this.#replayedSuperblock(replay, signal) : this.#sb
+    const reader = new BlockReader(this.#device, sb, { logHead: state.head, replay, signal })
+    return await readOwned(reader, replay)
   }
 
   async #replayedSuperblock(replay: LogReplay, signal: AbortSignal | undefined): Promise<Superblock> {
@@ -100,9 +115,9 @@ export class XfsFileSystem implements FileSystem {
 export async function readLog(
   device: BlockDevice,
   sb: Superblock,
-  signal?: AbortSignal,
+  options: { readonly signal?: AbortSignal | undefined; readonly inodes?: boolean } = {},
 ): Promise<{ state: LogState; replay: LogReplay | undefined }> {
-  const log = new XfsLog(device, sb, signal)
+  const log = new XfsLog(device, sb, options.signal)
   let state = await log.open()
   for (let holes = 0; holes <= MOST_HOLES; holes++) {
     if (state.clean) return { state, replay: undefined }
@@ -113,7 +128,7 @@ export async function readLog(
         { kind: 'xfs', uuid: sb.uuid, label: sb.label || undefined },
       )
     }
-    const replay = new LogReplay(sb)
+    const replay = new LogReplay(sb, options)
     const end = await log.walk(state, (record) => replay.take(record))
     if (end.hole === undefined) return { state, replay }
     state = await log.reopen(end.hole)
