@@ -240,6 +240,7 @@ async function putTwice(store: BlobStore, name: string, body: object, mac?: stri
   await store.put(name, bytes)
 }
 
+// oxlint-disable-next-line typescript/no-unnecessary-type-parameters -- says what the object is
 async function getTwice<T extends object>(
   store: BlobStore,
   name: string,

@@ -30,17 +30,17 @@ export const CRASH_POINTS = [
 
 export type CrashPoint = (typeof CRASH_POINTS)[number]
 
-let [wanted, left] = parse(process.env['VARVE_CRASH_AT'])
+const wanted = parse(process.env['VARVE_CRASH_AT'])
 
 export function crashPoint(name: CrashPoint): void {
-  if (wanted !== name || --left > 0) return
+  if (wanted?.name !== name || --wanted.left > 0) return
   process.kill(process.pid, 'SIGKILL')
   // The signal may take its time; nothing after this line may happen.
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0)
 }
 
-function parse(text: string | undefined): [string | undefined, number] {
-  if (text === undefined) return [undefined, 0]
-  const [name, count] = text.split(':')
-  return [name, Number(count ?? 1)]
+function parse(text: string | undefined): { readonly name: string; left: number } | undefined {
+  if (text === undefined) return undefined
+  const [name = '', count = '1'] = text.split(':')
+  return { name, left: Number(count) }
 }

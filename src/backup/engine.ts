@@ -86,10 +86,10 @@ export class Engine {
     const bytes = new Uint8Array(batch.buffer)
     const { reads, zeros } = batch
     for (let i = 0; i < reads.length; i += 4) {
-      const into = bytes.subarray(reads[i]!, reads[i]! + reads[i + 1]!)
+      const into = bytes.subarray(reads[i], reads[i]! + reads[i + 1]!)
       await readFully(reads[i + 2]!, into, reads[i + 3]!)
     }
-    for (let i = 0; i < zeros.length; i += 2) bytes.fill(0, zeros[i]!, zeros[i]! + zeros[i + 1]!)
+    for (let i = 0; i < zeros.length; i += 2) bytes.fill(0, zeros[i], zeros[i]! + zeros[i + 1]!)
     const { chunkBytes } = this.#setup
     const ids = new Uint8Array(batch.chunks * ID_BYTES)
     for (let i = 0; i < batch.chunks; i++) {

@@ -162,9 +162,12 @@ export class FrameCodec {
     this.#aad.set(Buffer.from(packName, 'hex'), NAME_BYTES)
   }
 
-  /** The frame's descriptor and its stored bytes in parts; zeros are stored as nothing. */
-  encode(content: Uint8Array, place: FramePlace): { descriptor: number; parts: readonly Uint8Array[] } {
-    if (isZero(content)) return { descriptor: frameDescriptor(METHOD.zeros, 0), parts: [] }
+  /**
+   * Hands the stored bytes of a frame to `put`, in parts that are good only during the call, and returns the frame's
+   * descriptor. Zeros are stored as nothing.
+   */
+  encode(content: Uint8Array, place: FramePlace, put: (part: Uint8Array) => void): number {
+    if (isZero(content)) return frameDescriptor(METHOD.zeros, 0)
     const packed = compress(content)
     const smaller = packed.length < content.length
     const payload = smaller ? packed : content
@@ -172,16 +175,22 @@ export class FrameCodec {
     if (length > MOST_STORED) throw new RangeError(`a frame of ${length} bytes`)
     const descriptor = frameDescriptor(smaller ? METHOD.zstd : METHOD.raw, length)
     if (this.#sealing === 'none') {
+      put(payload)
       const check = Buffer.alloc(4)
       check.writeUInt32LE(crc32(payload))
-      return { descriptor, parts: [payload, check] }
+      put(check)
+    } else {
+      this.#place(place, descriptor)
+      const cipher = createCipheriv('aes-256-gcm', this.#seal, this.#nonce)
+      cipher.setAAD(this.#aad)
+      const sealed = cipher.update(payload)
+      cipher.final()
+      put(sealed)
+      put(cipher.getAuthTag())
+      release(sealed)
     }
-    this.#place(place, descriptor)
-    const cipher = createCipheriv('aes-256-gcm', this.#seal, this.#nonce)
-    cipher.setAAD(this.#aad)
-    const sealed = cipher.update(payload)
-    cipher.final()
-    return { descriptor, parts: [sealed, cipher.getAuthTag()] }
+    release(packed)
+    return descriptor
   }
 
   /** Fills `into`, which is as long as the frame's content. @throws CORRUPT */
@@ -198,10 +207,13 @@ export class FrameCodec {
       if (payload.length !== into.length) throw corrupt(what, `a frame of ${payload.length} bytes`)
       into.set(payload)
     } else if (method === METHOD.zstd) {
-      into.set(decompress(payload, into.length, what))
+      const content = decompress(payload, into.length, what)
+      into.set(content)
+      release(content)
     } else {
       throw new VarveError('UNSUPPORTED', `Cannot read ${what}: found a frame of method ${method}`)
     }
+    if (this.#sealing !== 'none') release(payload)
   }
 
   #open(stored: Uint8Array, descriptor: number, place: FramePlace, what: string): Uint8Array {
@@ -284,6 +296,16 @@ function setNonce(nonce: Buffer, purpose: number, at: number): void {
   nonce.writeUInt32LE(Math.floor(at / 2 ** 32), 8)
 }
 
+/**
+ * Gives the memory of a large result back at once. Left to the collector, hundreds of MiB of dead buffers pile up
+ * before it runs, because the objects that own them are small. Nobody may use `bytes` afterwards.
+ */
+function release(bytes: Uint8Array): void {
+  const { buffer } = bytes
+  // Smaller ones may share Node's pool, which cannot be taken apart.
+  if (buffer instanceof ArrayBuffer && buffer.byteLength >= 2 * Buffer.poolSize) buffer.transfer(0)
+}
+
 /** zstd level 3. The size is told beforehand: it stands in the frame and suits the tables to it. */
 export function compress(content: Uint8Array): Uint8Array {
   return zstdCompressSync(content, {
@@ -324,8 +346,8 @@ export interface WrappedKey {
   readonly wrapped: string
 }
 
-/** 64 MiB and about an eighth of a second: what a guess costs. */
-const SCRYPT = { n: 65536, r: 8, p: 1 }
+/** 32 MiB and about a fifth of a second: what a guess costs. */
+const SCRYPT = { n: 32768, r: 8, p: 3 }
 const MOST_SCRYPT_BYTES = 268_435_456
 
 export async function wrapMaster(

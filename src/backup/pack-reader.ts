@@ -175,19 +175,24 @@ export async function verifyPack(
   const crcs = new DataView(trailer.crcs.buffer, trailer.crcs.byteOffset, trailer.crcs.length)
   const end = footer.directoryOffset + footer.directoryStored
   let next = 0
-  // Frames of objects cross from one span into the next, so a window of what was read last is kept.
-  let window = new Uint8Array(0)
+  // Frames of objects cross from one span into the next, so the window begins at the next object not yet looked at.
+  let buffer = new Uint8Array(CRC_SPAN * 3)
+  let content = new Uint8Array(frameBytes)
   let windowAt = 0
   for (let span = 0; span < footer.crcCount; span++) {
     if (cancelled()) break
     const at = span * CRC_SPAN
     const length = Math.min(CRC_SPAN, end - at)
     const keepFrom = Math.min(next < objects.length ? objects[next]!.offset : at, at)
-    const grown = new Uint8Array(at + length - keepFrom)
-    grown.set(window.subarray(keepFrom - windowAt))
-    window = grown
+    if (at + length - keepFrom > buffer.length) {
+      const larger = new Uint8Array(at + length - keepFrom + CRC_SPAN)
+      larger.set(buffer.subarray(keepFrom - windowAt, at - windowAt))
+      buffer = larger
+    } else {
+      buffer.copyWithin(0, keepFrom - windowAt, at - windowAt)
+    }
     windowAt = keepFrom
-    const bytes = window.subarray(at - windowAt)
+    const bytes = buffer.subarray(at - windowAt, at - windowAt + length)
     try {
       await store.read(path, at, bytes)
     } catch (error) {
@@ -218,12 +223,14 @@ export async function verifyPack(
         frameBytes: frameBytesOf(object, pack.kind, frameBytes),
       }
       try {
-        const content = new Uint8Array(within(object.plainLength, MOST_PAGE_BYTES, `${what}: object length`))
+        within(object.plainLength, MOST_PAGE_BYTES, `${what}: object length`)
+        if (object.plainLength > content.length) content = new Uint8Array(object.plainLength)
+        const plain = content.subarray(0, object.plainLength)
         if (Math.ceil(object.plainLength / place.frameBytes) !== object.frames.length)
           throw corrupt(what, `an object of ${object.frames.length} frames`)
-        const stored = window.subarray(object.offset - windowAt, objectEnd - windowAt)
-        decodeFrames(codec, place, 0, object.frames.length, stored, object.offset, content)
-        if (!equalBytes(idOf(content), object.id))
+        const stored = buffer.subarray(object.offset - windowAt, objectEnd - windowAt)
+        decodeFrames(codec, place, 0, object.frames.length, stored, object.offset, plain)
+        if (!equalBytes(idOf(plain), object.id))
           throw new VarveError(
             'CORRUPT',
             `Cannot trust ${what}: found other content than the id of the object at ${object.offset} says`,

@@ -79,12 +79,10 @@ export class PackWriter {
     const offset = this.#length
     const frames: number[] = []
     for (let from = 0, frame = 0; from < content.length; from += frameBytes, frame++) {
-      const { descriptor, parts } = this.#codec.encode(content.subarray(from, from + frameBytes), {
-        id,
-        frame,
-        offset: this.#length,
+      const place = { id, frame, offset: this.#length }
+      const descriptor = this.#codec.encode(content.subarray(from, from + frameBytes), place, (part) => {
+        this.#put(part)
       })
-      for (const part of parts) this.#put(part)
       frames.push(descriptor)
     }
     const object = { id, offset, plainLength: content.length, frames }

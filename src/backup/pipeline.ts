@@ -158,10 +158,10 @@ class BackupRun {
     this.#batchChunks = Math.max(1, Math.floor(BATCH_BYTES / settings.chunkBytes))
     const toRead = source.changed ? source.changed.ranges.intersect(this.#used).size : this.#usedBytes
     this.#workers = Math.min(tools.pool.size, Math.ceil(toRead / BYTES_PER_WORKER) || 1)
-    this.#loads = new Array(this.#workers).fill(0)
+    this.#loads = Array.from({ length: this.#workers }, () => 0)
     this.#joined = joinSmallGaps(this.#used)
     this.#known = new KnownPacks(tools.store, tools.keys)
-    this.#pages = new Array(Math.ceil(this.#size / this.#pageBytes))
+    this.#pages = Array.from({ length: Math.ceil(this.#size / this.#pageBytes) }, () => undefined)
   }
 
   async run(): Promise<BackupResult> {
@@ -337,7 +337,7 @@ class BackupRun {
     const count = Math.ceil((end - start) / this.#chunkBytes)
     const build: PageBuild = {
       page,
-      entries: new Array(count),
+      entries: Array.from({ length: count }, () => undefined),
       inUse: used.shift(-start),
       parent,
       missing: count + 1,
@@ -500,7 +500,7 @@ class BackupRun {
 
   async #readDevice(reads: readonly number[], buffer: ArrayBuffer): Promise<void> {
     for (let i = 0; i < reads.length; i += 3) {
-      const into = new Uint8Array(buffer, reads[i]!, reads[i + 1]!)
+      const into = new Uint8Array(buffer, reads[i], reads[i + 1])
       await this.#source.device.read(reads[i + 2]!, into, this.#signal)
     }
   }
@@ -627,8 +627,8 @@ function addRead(reads: number[], into: number, length: number, fd: number, offs
   if (
     last >= 0 &&
     reads[last + 2] === fd &&
-    reads[last]! + reads[last + 1]! === into &&
-    reads[last + 3]! + reads[last + 1]! === offset
+    into === reads[last]! + reads[last + 1]! &&
+    offset === reads[last + 3]! + reads[last + 1]!
   ) {
     reads[last + 1]! += length
   } else {
@@ -640,8 +640,8 @@ function addDeviceRead(reads: number[], into: number, length: number, offset: nu
   const last = reads.length - 3
   if (
     last >= 0 &&
-    reads[last]! + reads[last + 1]! === into &&
-    reads[last + 2]! + reads[last + 1]! === offset
+    into === reads[last]! + reads[last + 1]! &&
+    offset === reads[last + 2]! + reads[last + 1]!
   ) {
     reads[last + 1]! += length
   } else {

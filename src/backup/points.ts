@@ -12,11 +12,10 @@ const MOST_FOLDER_NAME = 240
 
 /** Throws USAGE unless `disk` can be the name of a disk. */
 export function checkDiskName(disk: string): void {
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is refused
-  if (disk === '' || /[\u0000-\u001f\u007f@]/.test(disk) || plainFolder(disk).length > MOST_FOLDER_NAME) {
+  if (disk === '' || /\p{Cc}/u.test(disk) || plainFolder(disk).length > MOST_FOLDER_NAME) {
     throw new VarveError(
       'USAGE',
-      `Cannot use ${JSON.stringify(disk)} as the name of a disk: expected 1 to ${MOST_FOLDER_NAME} letters, no @, no control characters`,
+      `Cannot use ${JSON.stringify(disk)} as the name of a disk: expected 1 to ${MOST_FOLDER_NAME} letters and no control characters`,
     )
   }
 }

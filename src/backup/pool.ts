@@ -139,7 +139,7 @@ export class Lane {
     const call = ++this.#calls
     return new Promise<Answer<M>>((resolve, reject) => {
       if (this.#waiting.size === 0) this.#worker.ref()
-      this.#waiting.set(call, { resolve: resolve as (value: never) => void, reject })
+      this.#waiting.set(call, { resolve, reject })
       this.#worker.postMessage({ call, method, argument }, [...transfer])
     })
   }

@@ -22,25 +22,27 @@ async function answer(call: Call): Promise<void> {
       typeof value === 'object' && value !== null && 'buffer' in value ? [value.buffer as ArrayBuffer] : []
     port!.postMessage({ call: call.call, value } satisfies Reply, transfer)
   } catch (error) {
-    port!.postMessage({ call: call.call, error: packError(error) } satisfies Reply)
+    port!.postMessage({ call: call.call, error: packError(error) } satisfies Reply, [])
   }
 }
 
-function run(call: Call): Promise<unknown> {
+async function run(call: Call): Promise<unknown> {
   switch (call.method) {
     case 'hash':
-      return engine.hash(call.argument)
+      return await engine.hash(call.argument)
     case 'store':
-      return engine.store(call.argument)
+      return await engine.store(call.argument)
     case 'flush':
-      return engine.flush()
+      return await engine.flush()
     case 'abort':
-      return engine.abort()
+      return await engine.abort()
     case 'decode':
-      return engine.decode(call.argument)
+      return await engine.decode(call.argument)
     case 'verifyPack':
-      return engine.verifyPack(call.argument)
+      return await engine.verifyPack(call.argument)
     case 'close':
-      return engine.close()
+      return await engine.close()
+    default:
+      throw new Error(`no method ${(call as Call).method}`)
   }
 }
