@@ -33,7 +33,7 @@ async function run(args: readonly string[], { quiet = false }: Run = {}): Promis
     cwd: folder,
     stdio: ['inherit', quiet ? 'pipe' : 'inherit', 'inherit'],
     // The example's repository has no password, whatever the person's others have.
-    env: { ...process.env, VARVE_REPO: 'repo', VARVE_PASSWORD: '' },
+    env: { ...process.env, VARVE_PASSWORD: '' },
   })
   let text = ''
   child.stdout?.setEncoding('utf8').on('data', (piece: string) => {

@@ -38,9 +38,12 @@ async function runCheck(path: string, options: CheckOptions, { output, signal }:
   await using file = await openHostFile(path)
   const format = named ?? (await probeFormat(file, signal))
   if (!format.check) {
-    throw new VarveError('UNSUPPORTED', `Cannot check ${path}: format ${format.name} has nothing to check`, {
+    throw new VarveError('UNSUPPORTED', `Cannot check ${path}: format ${format.name} has no check`, {
       fields: { path, format: format.name },
-      hint: 'A raw image has no structure of its own; `varve inspect` looks at what is inside.',
+      hint:
+        format.name === 'raw'
+          ? 'A raw image has no structure of its own; `varve inspect` looks at what is inside.'
+          : 'This format is read, but it has no check yet; `varve inspect` says whether it opens.',
     })
   }
   const findings = await format.check(file, { signal })
