@@ -19,8 +19,8 @@ export interface ImageOptions extends RepositoryOptions {
 
 export function addImageOptions(command: Command): Command {
   return command
-    .option('--format FORMAT', 'format of IMAGE (else its magic decides)')
-    .option('--allow-backing DIR', 'folder in which backing files may lie (repeatable)', collect)
+    .option('--format <FORMAT>', 'format of IMAGE (else its magic decides)')
+    .option('--allow-backing <DIR>', 'folder in which backing files may lie (repeatable)', collect)
 }
 
 /** As `addImageOptions`, for verbs that also take `repo:DISK@POINT`. */

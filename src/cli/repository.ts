@@ -14,12 +14,12 @@ export function addRepositoryOptions(
   { required }: { readonly required: boolean },
 ): Command {
   const text = 'folder of the repository (or set VARVE_REPO)'
-  return addPasswordOption(command.option('--repo REPO', required ? text : `${text}, for repo:DISK@POINT`))
+  return addPasswordOption(command.option('--repo <REPO>', required ? text : `${text}, for repo:DISK@POINT`))
 }
 
 export function addPasswordOption(command: Command): Command {
   return command.option(
-    '--password-file FILE',
+    '--password-file <FILE>',
     'file whose first line is the password (or set VARVE_PASSWORD; else it is asked for)',
   )
 }

@@ -31,7 +31,10 @@ interface BackupDocument extends BackupResult {
 export const verb: Verb = (command, host) => {
   addRepositoryOptions(addImageOptions(command), { required: true })
     .argument('<IMAGE...>', 'images or block devices; nothing may write to them meanwhile')
-    .option('--disk NAME', "the disk's name in the repository (default: the file name without its extension)")
+    .option(
+      '--disk <NAME>',
+      "the disk's name in the repository (default: the file name without its extension)",
+    )
     .option('--all-blocks', 'keep every byte as it is, in use or not')
     .option('--json', 'one JSON object; an array of them for several images')
     .addHelpText(

@@ -14,7 +14,7 @@ interface CheckOptions {
 export const verb: Verb = (command, host) => {
   command
     .argument('IMAGE', 'image; its backing files are not looked at')
-    .option('--format FORMAT', 'format of IMAGE (else its magic decides)')
+    .option('--format <FORMAT>', 'format of IMAGE (else its magic decides)')
     .option('--json', 'one JSON object')
     .addHelpText(
       'after',

@@ -18,11 +18,11 @@ export const verb: Verb = (command, host) => {
   addAnyImageOptions(command)
     .argument('SRC', 'image, block device or repo:DISK@POINT')
     .argument('DST', 'file to make; a block device needs --force')
-    .option('-O, --output-format FORMAT', 'format of DST', 'raw')
+    .option('-O, --output-format <FORMAT>', 'format of DST', 'raw')
     .option('--in-use', 'copy only what is in use; the rest reads as zeros')
     .option('--all-blocks', 'copy every block, in use or not (the default)')
     .option(
-      '--set NAME=VALUE',
+      '--set <NAME=VALUE>',
       'setting of the format of DST, e.g. clusterBytes=65536 (repeatable)',
       collectSettings,
     )

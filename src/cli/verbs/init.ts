@@ -19,8 +19,8 @@ export const verb: Verb = (command, host) => {
     command
       .argument('REPO', 'folder to make; it must not exist or be empty')
       .option('--encrypt', 'encrypt all that is stored; without the password nobody can read it')
-      .option('--chunk-size KIB', 'unit of deduplication, 256 to 4096 (default 1024)', kibibytes)
-      .option('--frame-size KIB', 'unit of compression and of random reads, 64 to 1024', kibibytes),
+      .option('--chunk-size <KIB>', 'unit of deduplication, 256 to 4096 (default 1024)', kibibytes)
+      .option('--frame-size <KIB>', 'unit of compression and of random reads, 64 to 1024', kibibytes),
   )
     .option('--json', 'one JSON object')
     .addHelpText(

@@ -20,9 +20,9 @@ export const verb: Verb = (command, host) => {
   addRepositoryOptions(command, { required: true })
     .argument('DISK@POINT', 'the point; DISK@latest or DISK is the newest')
     .argument('DEST', 'file to make; a block device needs --force')
-    .option('-O, --output-format FORMAT', 'format of DEST', 'raw')
+    .option('-O, --output-format <FORMAT>', 'format of DEST', 'raw')
     .option(
-      '--set NAME=VALUE',
+      '--set <NAME=VALUE>',
       'setting of the format of DEST, e.g. clusterBytes=65536 (repeatable)',
       collectSettings,
     )

@@ -17,7 +17,7 @@ interface VerifyVerbOptions extends ImageOptions {
 export const verb: Verb = (command, host) => {
   addRepositoryOptions(addImageOptions(command), { required: true })
     .argument('[DISK[@POINT]]', 'only this point, or all points of this disk (default: everything)')
-    .option('--against IMAGE', 'compare the point with this image, which must be unchanged since')
+    .option('--against <IMAGE>', 'compare the point with this image, which must be unchanged since')
     .option('--json', 'one JSON object')
     .addHelpText(
       'after',
