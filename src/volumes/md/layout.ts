@@ -117,13 +117,13 @@ function decode090(bytes: Uint8Array): Superblock {
   const word = (index: number): number => sb.u32(index * 4)
   const uuid = [5, 13, 14, 15].map((index) => word(index).toString(16).padStart(8, '0')).join(':')
   const about = { kind: 'md', uuid }
-  if (word(1) !== 0 || word(2) !== 90)
-    throw refuse('md-state', `found version ${word(1)}.${word(2)}: a reshape`, about)
   let sum = 0n
   for (let index = 0; index < SUPER_BYTES / 4; index++) if (index !== 38) sum += BigInt(word(index))
   if (word(38) !== Number(((sum & 0xffff_ffffn) + (sum >> 32n)) & 0xffff_ffffn)) {
     throw refuse('md-super-invalid', 'found a wrong checksum', about)
   }
+  if (word(1) !== 0 || word(2) !== 90)
+    throw refuse('md-state', `found version ${word(1)}.${word(2)}: a reshape`, about)
   const thisDisk = 992
   const state = word(thisDisk + 4)
   const inSync = (state & 2) !== 0 && (state & 4) !== 0 && (state & 1) === 0
