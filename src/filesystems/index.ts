@@ -1,5 +1,6 @@
 /** Rank 3: file systems: device -> used ranges. The registry is this explicit list. */
 import { btrfsType } from './btrfs/index.ts'
+import { exfat } from './exfat/index.ts'
 import { extType } from './ext/index.ts'
 import { fat } from './fat/index.ts'
 import type { FileSystemType } from './file-system.ts'
@@ -13,6 +14,7 @@ export * from './file-system.ts'
 /** Every type is probed; two that match make a region ambiguous, so the order does not matter. */
 export const FILE_SYSTEM_TYPES: readonly FileSystemType[] = [
   btrfsType,
+  exfat,
   extType,
   fat,
   ntfsType,
