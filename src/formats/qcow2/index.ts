@@ -7,11 +7,13 @@ import type {
   OpenOptions,
   WritableImageLayer,
 } from '../image-format.ts'
+import { checkImage } from './check.ts'
 import { createImage } from './create.ts'
 import { isQcow2 } from './layout.ts'
 import { Qcow2Layer } from './qcow2-layer.ts'
 import { Qcow2Writer } from './qcow2-writer.ts'
 
+export { repairImage } from './check.ts'
 export type { Qcow2Settings } from './create.ts'
 export type { Snapshot } from './layout.ts'
 export type { Qcow2OpenOptions } from './open-image.ts'
@@ -36,4 +38,5 @@ export const qcow2Format: ImageFormat = {
       ...(fillAbsent ? { fillAbsent } : {}),
     })
   },
+  check: (file, options) => checkImage(file, options),
 }
