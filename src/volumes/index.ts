@@ -1,4 +1,5 @@
 /** Rank 3: partition tables and volume managers. The registry is this explicit list. */
+import { apm } from './apm/index.ts'
 import { gpt } from './gpt/index.ts'
 import { lvm } from './lvm/index.ts'
 import { mbr } from './mbr/index.ts'
@@ -11,4 +12,4 @@ export * from './volume.ts'
  * In the order in which groups are assembled: what others are stacked on comes first (md before LVM2), so that
  * all members of a group are known when it is opened.
  */
-export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr, md, lvm]
+export const VOLUME_SCHEMES: readonly VolumeScheme[] = [gpt, mbr, apm, md, lvm]

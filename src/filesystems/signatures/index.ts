@@ -60,5 +60,5 @@ function refusal({ kind, reason, what }: Signature): NotTrusted {
   if (reason === 'volume-member') {
     return new NotTrusted('volume-member', `Cannot read the volume: found ${what}`, about)
   }
-  return new NotTrusted('not-read', `Cannot read the file system: found ${what}`, about)
+  return new NotTrusted('not-read', `Cannot read what stands here: found ${what}`, about)
 }

@@ -208,10 +208,19 @@ export const SIGNATURES: readonly Signature[] = [
     what: 'an EROFS image',
     marks: [{ at: 1024, text: '\xe2\xe1\xf5\xe0' }],
   },
-  // Labels of other machines.
+  // Disk labels of other machines.
+  {
+    kind: 'bsd-label',
+    reason: 'not-read',
+    what: 'a BSD disk label',
+    marks: [
+      { at: 512, text: '\x57\x45\x56\x82' },
+      { at: 64, text: '\x57\x45\x56\x82' },
+    ],
+  },
   {
     kind: 'sun-label',
-    reason: 'volume-member',
+    reason: 'not-read',
     what: 'a Sun disk label',
     marks: [{ at: 508, text: '\xda\xbe' }],
     confirm: { at: 0, length: 512, test: isSunLabel },
