@@ -221,8 +221,12 @@ class Verification {
           )
       }
     } catch (error) {
+      // Without the page nobody knows which chunks the point needs; the manifest still says of which packs.
+      const lost = reference.dataPacks.flatMap((pack) =>
+        (this.#damaged.get(pack) ?? []).filter((other) => other.objectOffset === undefined),
+      )
       const known = this.#touching(reference.pack, reference.offset)
-      if (known.length > 0) return known
+      if (known.length > 0) return [...known, ...lost]
       const finding: OpenFinding = {
         ...describe(error),
         object: 'page',
@@ -232,7 +236,7 @@ class Verification {
         points: new Set(),
       }
       this.#add(finding)
-      return [finding]
+      return [finding, ...lost]
     }
     wrong.push(...this.#touching(reference.pack, reference.offset))
     for (let i = 0; i < page.count; i++) {
