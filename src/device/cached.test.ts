@@ -158,4 +158,20 @@ describe('CachedDevice', () => {
     await cached.zero(0, 1)
     assert.equal((await readBytes(cached, 0, 1))[0], 0)
   })
+
+  test('nor is a page whose reading began while the write was under way', async () => {
+    const memory = new MemoryDevice(new Uint8Array(SIZE))
+    const gate = Promise.withResolvers<void>()
+    const slowWrites = new FaultDevice(memory)
+    slowWrites.write = async (offset, bytes) => {
+      await gate.promise
+      await memory.write(offset, bytes)
+    }
+    const cached = new CachedDevice(slowWrites)
+    const writing = cached.write(0, Uint8Array.of(7))
+    assert.equal((await readBytes(cached, 0, 1))[0], 0, 'not there yet')
+    gate.resolve()
+    await writing
+    assert.equal((await readBytes(cached, 0, 1))[0], 7)
+  })
 })

@@ -95,6 +95,6 @@ describe('OverlayDevice', () => {
       const list = await overlay.extents(at, (64 << 20) - at)
       at = list.at(-1)!.offset + list.at(-1)!.length
     }
-    assert.ok(performance.now() - started < 5000, `${performance.now() - started} ms`)
+    assert.ok(performance.now() - started < 30_000, `${performance.now() - started} ms`)
   })
 })

@@ -244,6 +244,6 @@ describe('RangeSet', () => {
     const set = builder.build()
     assert.equal(set.count, n)
     assert.equal(set.size, n * 5)
-    assert.ok(performance.now() - started < 5000, 'sorting is not quadratic')
+    assert.ok(performance.now() - started < 30_000, 'sorting is not quadratic')
   })
 })

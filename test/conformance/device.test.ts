@@ -22,6 +22,7 @@ import {
 } from '../../src/device/index.ts'
 import { type DeviceSuiteOptions, type DeviceUnderTest, deviceSuite } from '../kit/device-suite.ts'
 import { must, needs, needsRoot, patternAt, tempDir } from '../kit/index.ts'
+import { StutterDevice } from '../kit/stutter-device.ts'
 
 const SIZE = 300_000 // no multiple of a sector
 const tested = new Set<string>()
@@ -79,8 +80,10 @@ function wrapper(
   for (const [over, make] of [
     ['memory', async () => memory(content())],
     ['a sparse host file', () => hostFile({ write: true })],
+    ['a device that tells little at a time', () => stuttering()],
   ] as const) {
-    suite(type, `${options.over ?? ''} over ${over}`.trim(), options, async () => {
+    const resize = (options.resize ?? false) && !over.startsWith('a device')
+    suite(type, `${options.over ?? ''} over ${over}`.trim(), { ...options, resize }, async () => {
       const inner: DeviceUnderTest = await make()
       const device = await wrap(inner.device)
       return {
@@ -93,6 +96,12 @@ function wrapper(
       }
     })
   }
+}
+
+/** Over a host file, so that there is something to tell. */
+async function stuttering(): Promise<DeviceUnderTest> {
+  const inner = await hostFile({ write: true })
+  return { ...inner, device: new StutterDevice(inner.device) }
 }
 
 function memory(bytes: Uint8Array): DeviceUnderTest {

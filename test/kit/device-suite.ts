@@ -15,7 +15,7 @@ import {
   type WritableBlockDevice,
 } from '../../src/device/index.ts'
 import { checkExtents, type Extent } from '../../src/extents/index.ts'
-import { Random } from './index.ts'
+import { patternAt, Random } from './index.ts'
 
 /** A device to be tested; disposing of this also disposes of what stands below the device. */
 export interface DeviceUnderTest extends AsyncDisposable {
@@ -229,14 +229,19 @@ export function deviceSuite(
         const { offset, length } = someRange(random, device.size)
         const where = `step ${step}: ${offset}+${length} ${seed}`
         const dice = random.below(100)
-        if (dice < 40) {
-          const bytes = random.below(4) === 0 ? new Uint8Array(length) : random.bytes(Math.min(length, 4096))
+        // Zeros are kept short and few, or the device would soon be nothing else and hide what is left out.
+        const short = random.below(8) === 0 ? length : Math.min(length, 20_000)
+        if (dice < 35) {
+          const bytes = patternAt(offset, length, step).slice()
           model.set(bytes, offset)
           await device.write(offset, bytes)
           bytes.fill(0x99) // the buffer is the caller's again
+        } else if (dice < 40) {
+          model.fill(0, offset, offset + short)
+          await device.write(offset, new Uint8Array(short))
         } else if (dice < 60) {
-          model.fill(0, offset, offset + length)
-          await device.zero(offset, length)
+          model.fill(0, offset, offset + short)
+          await device.zero(offset, short)
         } else if (dice < 65) {
           await device.flush()
         } else if (dice < 70 && isResizable(device)) {

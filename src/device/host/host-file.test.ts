@@ -52,15 +52,15 @@ describe('openHostFile()', () => {
     await symlink(dir.file('there'), dir.file('link'))
     await symlink(dir.file('nowhere'), dir.file('dangling'))
     const cases = [
-      ['NOT_FOUND', openHostFile(dir.file('missing'))],
-      ['NOT_FOUND', openHostFile(dir.file('missing'), { write: true })],
-      ['NOT_FOUND', openHostFile(dir.file('there/below'))],
-      ['NOT_FOUND', openHostFile(dir.file('dangling'))],
-      ['EXISTS', openHostFile(dir.file('there'), { create: true, exclusive: true })],
-      ['ACCESS_DENIED', openHostFile(dir.file('link'), { noFollow: true })],
+      ['NOT_FOUND', () => openHostFile(dir.file('missing'))],
+      ['NOT_FOUND', () => openHostFile(dir.file('missing'), { write: true })],
+      ['NOT_FOUND', () => openHostFile(dir.file('there/below'))],
+      ['NOT_FOUND', () => openHostFile(dir.file('dangling'))],
+      ['EXISTS', () => openHostFile(dir.file('there'), { create: true, exclusive: true })],
+      ['ACCESS_DENIED', () => openHostFile(dir.file('link'), { noFollow: true })],
     ] as const
-    for (const [code, opening] of cases)
-      await assert.rejects(opening, (error) => isVarveError(error, code), code)
+    for (const [code, opens] of cases)
+      await assert.rejects(opens(), (error) => isVarveError(error, code), code)
     await assert.rejects(openHostFile('/tmp/a\0b'), TypeError)
     await assert.rejects(openHostFile(dir.file('there'), { blockSize: 100 }), RangeError)
     await using through = await openHostFile(dir.file('link'))

@@ -127,7 +127,6 @@ function load(): SystemCalls | undefined {
 }
 
 function bind(k: typeof koffi): SystemCalls {
-  k.config({ max_async_calls: 4096 })
   const libc = k.load(null)
   const lseek = libc.func('int64_t lseek(int fd, int64_t offset, int whence)')
   const fallocate = libc.func('int fallocate(int fd, int mode, int64_t offset, int64_t length)')
@@ -149,6 +148,7 @@ function bind(k: typeof koffi): SystemCalls {
       if (errno !== EINTR) throw new SystemError(name, errno)
     }
   }
+  const turn = new Turns(MOST_ON_THREADS)
   /** The same on one of koffi's threads. */
   const later = async (
     name: string,
@@ -156,13 +156,14 @@ function bind(k: typeof koffi): SystemCalls {
     ...args: unknown[]
   ): Promise<number> => {
     for (;;) {
+      await turn.take()
       const answer = await new Promise<{ result: number; errno: number }>((resolve, reject) => {
         fn.async(...args, (error: unknown, result: number | bigint) => {
           if (error) reject(error)
           // errno is that of the thread which ran the call; koffi hands it over for the time of this callback.
           else resolve({ result: Number(result), errno: Number(result) < 0 ? k.errno() : 0 })
         })
-      })
+      }).finally(() => turn.give())
       if (answer.result >= 0) return answer.result
       if (answer.errno !== EINTR) throw new SystemError(name, answer.errno)
     }
@@ -231,6 +232,30 @@ function bind(k: typeof koffi): SystemCalls {
 }
 
 const EINTR = 4
+
+/** koffi throws past 256 waiting calls and takes 256 KiB of memory for each; two threads have no use for more. */
+const MOST_ON_THREADS = 32
+
+/** Lets so many through at a time, the others in the order in which they came. */
+class Turns {
+  #free: number
+  readonly #waiting: (() => void)[] = []
+
+  constructor(most: number) {
+    this.#free = most
+  }
+
+  async take(): Promise<void> {
+    if (this.#free > 0) this.#free--
+    else await new Promise<void>((resolve) => this.#waiting.push(resolve))
+  }
+
+  give(): void {
+    const next = this.#waiting.shift()
+    if (next) next()
+    else this.#free++
+  }
+}
 
 /** struct flock { s16 type; s16 whence (0: from the start); s64 start at 8; s64 length; s32 pid (0 for OFD) }. */
 function encodeLock(type: LockType | 'none', range: LockRange): Uint8Array<ArrayBuffer> {
