@@ -7,9 +7,10 @@
  * between the headers and the end of the file is CORRUPT here, before hours of copying.
  */
 import { LIMITS, VarveError, within } from '../../base/index.ts'
-import { type BlockDevice, readBytes } from '../../device/index.ts'
+import { type BlockDevice, isWritable, readBytes, type WritableBlockDevice } from '../../device/index.ts'
 import { Bitmap } from '../../extents/index.ts'
 import type { BackingReference, FormatFacts, ImageLayer, OpenOptions } from '../image-format.ts'
+import { BlockMap } from './block-map.ts'
 import { FixedVhdLayer } from './fixed-layer.ts'
 import {
   BATMAP_VERSION,
@@ -35,12 +36,10 @@ import {
   UNALLOCATED,
 } from './layout.ts'
 import { SparseVhdLayer } from './sparse-layer.ts'
+import { type WritableBatmap, WritableVhdLayer } from './writable-layer.ts'
 
-/** Opens `file`, which the layer then owns. @throws CORRUPT, UNSUPPORTED, ENCRYPTED, LIMIT */
+/** Opens `file`, which the layer then owns. @throws CORRUPT, UNSUPPORTED, ENCRYPTED, LIMIT, READ_ONLY */
 export async function openVhd(file: BlockDevice, options: OpenOptions): Promise<ImageLayer> {
-  if (options.write) {
-    throw new VarveError('UNSUPPORTED', 'Cannot open VHD image for writing: only reading is supported')
-  }
   const { signal } = options
   const found = await findFooter(file, signal)
   if (found.which === 'copy') {
@@ -57,27 +56,57 @@ export async function openVhd(file: BlockDevice, options: OpenOptions): Promise<
     if (found.which === 'copy') {
       throw new VarveError('CORRUPT', `Cannot open fixed VHD: found no footer at its end (${found.why})`)
     }
+    if (options.write) checkWritable(file, found)
     const size = sizeWithin(footer, found.at)
-    return new FixedVhdLayer(file, size, footerFacts(footer, found.which))
+    return new FixedVhdLayer(file, size, footerFacts(footer, found.which), { write: options.write ?? false })
   }
   const tables = await readTables(file, found, signal)
-  return new SparseVhdLayer({
-    file,
-    ...tables,
-    backing: footer.type === 'differencing' ? await readBacking(file, tables.header, signal) : undefined,
+  const backing = footer.type === 'differencing' ? await readBacking(file, tables.header, signal) : undefined
+  const parts = {
+    backing,
     facts: {
       ...footerFacts(footer, found.which),
       blockBytes: tables.header.blockBytes,
       blocks: tables.table.length,
       blocksReserved: tables.header.maxTableEntries,
       blocksAllocated: countAllocated(tables.table),
-      batmap: tables.full !== undefined,
-      ...(footer.type === 'differencing'
-        ? { parentUuid: tables.header.parentUuid, parentName: tables.header.parentName }
-        : {}),
+      batmap: tables.batmap !== undefined,
+      ...(backing ? { parentUuid: tables.header.parentUuid, parentName: tables.header.parentName } : {}),
     },
     id: footer.uuid,
+  }
+  const map = new BlockMap({ ...tables, file, blockBytes: tables.header.blockBytes })
+  if (!options.write) return new SparseVhdLayer({ ...parts, file, map })
+  const writable = checkWritable(file, found)
+  const [overlap] = overlaps(tables)
+  if (overlap) throw new VarveError('CORRUPT', `Cannot open VHD for writing: ${overlap.text}`)
+  return new WritableVhdLayer({
+    ...parts,
+    map,
+    file: writable,
+    differencing: footer.type === 'differencing',
+    footer: await readBytes(file, found.at, FOOTER_BYTES, signal),
+    tableOffset: tables.header.tableOffset,
+    end: endOfData(footer, tables),
+    batmap: tables.batmap,
   })
+}
+
+/** Writing needs the footer at its place: a broken one says that somebody else writes, or died writing. */
+function checkWritable(file: BlockDevice, found: FoundFooter): WritableBlockDevice {
+  if (!isWritable(file)) {
+    throw new VarveError('READ_ONLY', 'Cannot open VHD for writing: its file is open for reading')
+  }
+  if (found.which !== 'primary') {
+    throw new VarveError(
+      'UNSUPPORTED',
+      `Cannot open VHD for writing: found its ${found.which} footer, expected a whole one at the end`,
+      {
+        hint: 'Somebody may have it open; if nobody has, `vhd-util repair` writes the footer anew.',
+      },
+    )
+  }
+  return file
 }
 
 export interface FoundFooter {
@@ -141,6 +170,7 @@ export interface Tables {
   readonly table: Uint32Array
   /** Blocks that hold every sector, as the batmap says; undefined without a batmap that can be trusted. */
   readonly full: Bitmap | undefined
+  readonly batmap: WritableBatmap | undefined
   readonly dataEnd: number
 }
 
@@ -167,8 +197,9 @@ export async function readTables(
     )
   }
   const table = decodeTable(await readBytes(file, header.tableOffset, entries * 4, signal))
-  const full = await readBatmap(file, footer, header, entries, signal)
-  const tables = { size, header, table, full, dataEnd: found.dataEnd }
+  const batmap = await readBatmap(file, footer, header, signal)
+  const full = batmap && Bitmap.fromBytes(batmap.map, entries, { msbFirst: true })
+  const tables = { size, header, table, full, batmap, dataEnd: found.dataEnd }
   for (const wrong of wrongEntries(footer, tables)) {
     throw new VarveError('CORRUPT', `Cannot open VHD: ${wrong.text}`, {
       fields: { block: wrong.block, sector: table[wrong.block]! },
@@ -236,28 +267,59 @@ async function readBatmap(
   file: BlockDevice,
   footer: Footer,
   header: DynamicHeader,
-  entries: number,
   signal: AbortSignal | undefined,
-): Promise<Bitmap | undefined> {
+): Promise<WritableBatmap | undefined> {
   if (!isTap(footer.creator) || footer.creatorVersion < 0x00010001) return undefined
-  const at = batmapHeaderOffset(header)
-  if (at + SECTOR > file.size) return undefined
-  const batmap = decodeBatmapHeader(await readBytes(file, at, SECTOR, signal))
+  const headerAt = batmapHeaderOffset(header)
+  if (headerAt + SECTOR > file.size) return undefined
+  const batmap = decodeBatmapHeader(await readBytes(file, headerAt, SECTOR, signal))
   if (!batmap) return undefined
   if (batmap.keyed) {
     throw new VarveError('ENCRYPTED', 'Cannot open VHD: found the hash of an encryption key in its batmap')
   }
+  const { offset, sectors, version, checksum } = batmap
   const covered = batmapCoveredBytes(footer.currentSize)
-  if (
-    batmap.version > BATMAP_VERSION ||
-    covered > batmap.sectors * SECTOR ||
-    batmap.offset + covered > file.size
-  ) {
-    return undefined
+  if (version > BATMAP_VERSION || covered > sectors * SECTOR || offset + covered > file.size) return undefined
+  const map = await readBytes(file, offset, covered, signal)
+  return batmapChecksum(map, version) === checksum ? { headerAt, offset, sectors, version, map } : undefined
+}
+
+/** First byte behind all metadata at the start of the file and all blocks. */
+function endOfData(footer: Footer, tables: Tables): number {
+  const { header, table, batmap } = tables
+  const blockSpan = bitmapBytes(header.blockBytes) + header.blockBytes
+  let end = Math.max(
+    footer.dataOffset! + HEADER_BYTES,
+    batmapHeaderOffset(header),
+    batmap ? batmap.headerAt + SECTOR : 0,
+    batmap ? batmap.offset + batmap.sectors * SECTOR : 0,
+    ...header.locators.map(({ dataOffset, spaceBytes }) => dataOffset + spaceBytes),
+  )
+  for (let block = 0; block < table.length; block++) {
+    if (table[block] !== UNALLOCATED) end = Math.max(end, table[block]! * SECTOR + blockSpan)
   }
-  const map = await readBytes(file, batmap.offset, covered, signal)
-  if (batmapChecksum(map, batmap.version) !== batmap.checksum) return undefined
-  return Bitmap.fromBytes(map, entries, { msbFirst: true })
+  return end
+}
+
+/** Blocks of the file that share bytes; sorted, so in O(n log n). */
+export function* overlaps(
+  tables: Pick<Tables, 'header' | 'table'>,
+): Generator<{ block: number; text: string }> {
+  const { header, table } = tables
+  const span = (bitmapBytes(header.blockBytes) + header.blockBytes) / SECTOR
+  const order = new Uint32Array(table.length)
+  let count = 0
+  for (let block = 0; block < table.length; block++) if (table[block] !== UNALLOCATED) order[count++] = block
+  const sorted = order.subarray(0, count).sort((a, b) => table[a]! - table[b]!)
+  for (let i = 1; i < sorted.length; i++) {
+    const [below, block] = [sorted[i - 1]!, sorted[i]!]
+    if (table[below]! + span > table[block]!) {
+      yield {
+        block,
+        text: `found block ${block} at sector ${table[block]}, inside block ${below} at ${table[below]}`,
+      }
+    }
+  }
 }
 
 /** @throws CORRUPT when the disk names no parent in any of the ways */
