@@ -29,14 +29,12 @@ function report(name: string, work: () => unknown): number {
     times.push(performance.now() - started)
   }
   times.sort((a, b) => a - b)
-  const median = times[Math.floor(ROUNDS / 2)]!
-  console.log(
-    `${name.padEnd(28)} ${median.toFixed(1).padStart(8)} ms   (first to last ${times[0]!.toFixed(1)}-${times.at(-1)!.toFixed(1)})`,
-  )
-  return median
+  const [best, median] = [times[0]!, times[Math.floor(ROUNDS / 2)]!]
+  console.log(`${name.padEnd(28)} ${best.toFixed(1).padStart(8)} ms   median ${median.toFixed(1)}`)
+  return best
 }
 
-console.log(`${RANGES} ranges in each set; median of ${ROUNDS} rounds`)
+console.log(`${RANGES} ranges in each set; best of ${ROUNDS} rounds`)
 const a = make(1)
 const b = make(2)
 report('build, ascending input', () => make(3))
