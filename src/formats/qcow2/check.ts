@@ -99,6 +99,7 @@ export async function repairImage(
     grow: async () => {
       throw new VarveError('CORRUPT', 'Cannot repair qcow2 image: found no room for its refcounts')
     },
+    holds: () => undefined,
   })
   const setAll = async (list: readonly Mismatch[]): Promise<void> => {
     for (const { cluster, expected } of list) await refcounts.set(cluster, expected)

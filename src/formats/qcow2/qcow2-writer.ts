@@ -119,6 +119,8 @@ export class Qcow2Writer implements WritableImageLayer {
   readonly #mutex = new Mutex()
   readonly #ranges = new RangeLock()
   readonly #reads = new Set<Promise<void>>()
+  /** Clusters that are L2 tables of the active L1 table, or were until the next checkpoint. */
+  readonly #l2Clusters = new Set<number>()
   /** Sectors of the L1 table that changed. */
   readonly #dirtyL1 = new Set<number>()
   #l1Offset: number
@@ -156,7 +158,12 @@ export class Qcow2Writer implements WritableImageLayer {
       header: image.header,
       table: parts.table,
       grow: (bytes) => this.#growFile(bytes),
+      holds: (cluster) => this.#holds(cluster),
     })
+    for (let index = 0; index < image.map.l1Size; index++) {
+      const offset = entryOffset(image.map.l1.getUint32(index * 8), image.map.l1.getUint32(index * 8 + 4))
+      if (offset !== 0) this.#l2Clusters.add(Math.floor(offset / image.geometry.clusterBytes))
+    }
     this.header = image.header
     this.snapshots = image.snapshots
     this.facts = image.facts
@@ -878,6 +885,7 @@ export class Qcow2Writer implements WritableImageLayer {
     const shared = offset === 0 ? undefined : await this.#map.tables.get(offset)
     const run = await this.#refcounts.allocate(1)
     const table = this.#map.tables.add(run.start * clusterBytes)
+    this.#l2Clusters.add(run.start)
     if (shared) {
       table.bytes.set(shared.bytes)
       this.#pendingFrees.push(offset / clusterBytes)
@@ -992,7 +1000,7 @@ export class Qcow2Writer implements WritableImageLayer {
 
   async #applyFrees(): Promise<void> {
     const { clusterBytes } = this.#geometry
-    // The lowest at the end, taken one by one: a failure leaves the rest in the list.
+    // The lowest at the end, taken one by one: a failure costs one cluster and leaves the rest in the list.
     this.#pendingFrees.sort((a, b) => b - a)
     let run: ClusterRun | undefined
     const freed: ClusterRun[] = []
@@ -1001,9 +1009,9 @@ export class Qcow2Writer implements WritableImageLayer {
       cluster !== undefined;
       cluster = this.#pendingFrees.at(-1)
     ) {
-      const left = await this.#release(cluster)
       this.#pendingFrees.pop()
-      if (left > 0) continue
+      if ((await this.#release(cluster)) > 0) continue
+      this.#l2Clusters.delete(cluster)
       this.#map.tables.drop(cluster * clusterBytes)
       if (run && run.start + run.count === cluster) run = { start: run.start, count: run.count + 1 }
       else {
@@ -1054,6 +1062,13 @@ export class Qcow2Writer implements WritableImageLayer {
       await this.#file.resize(Math.max(bytes, alignUp(bytes, GROW_BYTES)))
     }
     this.#usedBytes = Math.max(this.#usedBytes, bytes)
+  }
+
+  #holds(cluster: number): string | undefined {
+    if (this.#l2Clusters.has(cluster)) return 'an L2 table'
+    const start = cluster * this.#geometry.clusterBytes
+    const end = start + this.#geometry.clusterBytes
+    return this.#map.reserved.find((part) => start < part.end && part.start < end)?.what
   }
 
   async #growData(bytes: number): Promise<void> {

@@ -113,6 +113,10 @@ export class Refcounts {
   #hint = 0
   /** Grows the file so that it holds this many bytes. */
   readonly #grow: (bytes: number) => Promise<void>
+  /** What the writer knows to stand in a cluster, whatever its count says. */
+  readonly #holds: (cluster: number) => string | undefined
+  /** Clusters that are refcount blocks. */
+  readonly #blockClusters = new Set<number>()
   /** Clusters of a former refcount table, for the writer to release after its next checkpoint. */
   readonly replaced: ClusterRun[] = []
 
@@ -121,6 +125,7 @@ export class Refcounts {
     header: Header
     table: Float64Array
     grow: (bytes: number) => Promise<void>
+    holds: (cluster: number) => string | undefined
   }) {
     this.#file = parts.file
     this.#clusterBytes = parts.header.clusterBytes
@@ -130,6 +135,8 @@ export class Refcounts {
     this.#table = parts.table
     this.#tableOffset = parts.header.refcountTableOffset
     this.#grow = parts.grow
+    this.#holds = parts.holds
+    for (const offset of parts.table) if (offset !== 0) this.#blockClusters.add(offset / this.#clusterBytes)
   }
 
   get dirtyBytes(): number {
@@ -253,6 +260,7 @@ export class Refcounts {
       const end = (index + 1) * this.#perBlock
       while (at < end) {
         if (getCount(block.view, this.#order, at % this.#perBlock) === 0) {
+          this.#refuseHeld(at)
           if (count === 0) start = at
           count += 1
           at += 1
@@ -266,6 +274,17 @@ export class Refcounts {
     }
   }
 
+  /** A table whose cluster is counted as free would be overwritten: such an image is not written to. */
+  #refuseHeld(cluster: number): void {
+    const what = this.#blockClusters.has(cluster) ? 'a refcount block' : this.#holds(cluster)
+    if (what === undefined) return
+    throw new VarveError(
+      'CORRUPT',
+      `Cannot allocate cluster ${cluster}: found ${what} in it, expected what its refcount 0 says`,
+      { fields: { cluster }, hint: 'Run `varve check --repair` before the image is written to again.' },
+    )
+  }
+
   async #block(cluster: number): Promise<Table | undefined> {
     const offset = this.#table[Math.floor(cluster / this.#perBlock)] ?? 0
     if (offset === 0) return undefined
@@ -273,7 +292,9 @@ export class Refcounts {
   }
 
   async #addBlock(index: number, cluster: number): Promise<void> {
+    this.#refuseHeld(cluster)
     await this.#grow((cluster + 1) * this.#clusterBytes)
+    this.#blockClusters.add(cluster)
     this.#blocks.add(cluster * this.#clusterBytes)
     this.#table[index] = cluster * this.#clusterBytes
     this.#tableDirty = true
@@ -323,6 +344,7 @@ export class Refcounts {
     for (let i = 0; i < blocks; i++) {
       const place = (first + i) * this.#clusterBytes
       this.#blocks.add(place)
+      this.#blockClusters.add(first + i)
       table[oldEntries + i] = place
     }
     const old: ClusterRun = {
