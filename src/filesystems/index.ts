@@ -4,6 +4,7 @@ import { exfat } from './exfat/index.ts'
 import { extType } from './ext/index.ts'
 import { fat } from './fat/index.ts'
 import type { FileSystemType } from './file-system.ts'
+import { hfsplus } from './hfsplus/index.ts'
 import { ntfsType } from './ntfs/index.ts'
 import { foreign, raidMember } from './signatures/index.ts'
 import { swap } from './swap/index.ts'
@@ -17,6 +18,7 @@ export const FILE_SYSTEM_TYPES: readonly FileSystemType[] = [
   exfat,
   extType,
   fat,
+  hfsplus,
   ntfsType,
   swap,
   xfsType,

@@ -121,15 +121,6 @@ export const SIGNATURES: readonly Signature[] = [
   },
   { kind: 'apfs', reason: 'not-read', what: 'an APFS container', marks: [{ at: 32, text: 'NXSB' }] },
   {
-    kind: 'hfsplus',
-    reason: 'not-read',
-    what: 'an HFS+ volume',
-    marks: [
-      { at: 1024, text: 'H+\0\x04' },
-      { at: 1024, text: 'HX\0\x05' },
-    ],
-  },
-  {
     kind: 'hfs',
     reason: 'not-read',
     what: 'an HFS volume',
