@@ -1,5 +1,6 @@
 /** The format `vhd` (qemu's `vpc`): fixed, dynamic and differencing disks. See docs/formats/vhd.md. */
 import type { ImageFormat } from '../image-format.ts'
+import { checkVhd } from './check.ts'
 import { createVhd } from './create.ts'
 import { decodeFooter, FOOTER_BYTES, hasFooterCookie } from './layout.ts'
 import { openVhd } from './open.ts'
@@ -17,4 +18,5 @@ export const vhdFormat: ImageFormat = {
   },
   open: openVhd,
   create: createVhd,
+  check: checkVhd,
 }

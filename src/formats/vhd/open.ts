@@ -61,6 +61,11 @@ export async function openVhd(file: BlockDevice, options: OpenOptions): Promise<
     return new FixedVhdLayer(file, size, footerFacts(footer, found.which), { write: options.write ?? false })
   }
   const tables = await readTables(file, found, signal)
+  for (const { block, text } of wrongEntries(footer, tables)) {
+    throw new VarveError('CORRUPT', `Cannot open VHD: ${text}`, {
+      fields: { block, sector: tables.table[block]! },
+    })
+  }
   const backing = footer.type === 'differencing' ? await readBacking(file, tables.header, signal) : undefined
   const parts = {
     backing,
@@ -174,7 +179,7 @@ export interface Tables {
   readonly dataEnd: number
 }
 
-/** @throws CORRUPT, LIMIT, ENCRYPTED */
+/** Reads header, table and batmap; where the table points is not judged here. @throws CORRUPT, LIMIT, ENCRYPTED */
 export async function readTables(
   file: BlockDevice,
   found: FoundFooter,
@@ -199,13 +204,7 @@ export async function readTables(
   const table = decodeTable(await readBytes(file, header.tableOffset, entries * 4, signal))
   const batmap = await readBatmap(file, footer, header, signal)
   const full = batmap && Bitmap.fromBytes(batmap.map, entries, { msbFirst: true })
-  const tables = { size, header, table, full, batmap, dataEnd: found.dataEnd }
-  for (const wrong of wrongEntries(footer, tables)) {
-    throw new VarveError('CORRUPT', `Cannot open VHD: ${wrong.text}`, {
-      fields: { block: wrong.block, sector: table[wrong.block]! },
-    })
-  }
-  return tables
+  return { size, header, table, full, batmap, dataEnd: found.dataEnd }
 }
 
 /**
@@ -249,7 +248,7 @@ function decodeTable(bytes: Uint8Array): Uint32Array {
 const LITTLE_ENDIAN_HOST = new Uint8Array(Uint32Array.of(1).buffer)[0] === 1
 
 /** The guest's size, when the image holds it. @throws CORRUPT */
-function sizeWithin(footer: Footer, capacity: number): number {
+export function sizeWithin(footer: Footer, capacity: number): number {
   let { size } = guestSize(footer)
   // A geometry that promises more than there is was rounded up; the size field is exact.
   if (size > capacity) size = footer.currentSize
@@ -323,7 +322,7 @@ export function* overlaps(
 }
 
 /** @throws CORRUPT when the disk names no parent in any of the ways */
-async function readBacking(
+export async function readBacking(
   file: BlockDevice,
   header: DynamicHeader,
   signal: AbortSignal | undefined,
