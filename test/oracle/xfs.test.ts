@@ -1,9 +1,16 @@
 /** XFS: the used map of filled and unmounted file systems, against xfs_db, bit for bit. */
 import assert from 'node:assert/strict'
+import { readFileSync } from 'node:fs'
 import { truncate, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { describe, test } from 'node:test'
-import { CountingDevice, openHostFile } from '../../src/device/index.ts'
+import { zstdDecompressSync } from 'node:zlib'
+import { VarveError } from '../../src/base/index.ts'
+import { CountingDevice, MemoryDevice, openHostFile } from '../../src/device/index.ts'
+import { RangeSet } from '../../src/extents/index.ts'
 import { XfsFileSystem, xfsType } from '../../src/filesystems/xfs/index.ts'
+import { decodeSuperblock } from '../../src/filesystems/xfs/layout.ts'
+import { livePages, mutate } from '../fuzz/mutations.ts'
 import { must, needs, needsRoot, patternAt, Random, tempDir } from '../kit/index.ts'
 import { fillTree, freeByXfsDb, makeManyExtents, makeXfs } from '../kit/xfs.ts'
 import { mounted } from '../poison/mount.ts'
@@ -87,6 +94,58 @@ describe('XFS used map of an unmounted file system', { skip }, () => {
     await using device = await openHostFile(image)
     const { ranges } = await (await xfsType.open(device, {})).used({})
     assert.ok(ranges.covers(320 * 2 ** 20, 400 * 2 ** 20))
+  })
+})
+
+describe('XFS version 4 with a dirty log, written by a guest of the time', () => {
+  const folder = join(import.meta.dirname, 'fixtures/xfs-v4')
+  const image = new Uint8Array(zstdDecompressSync(readFileSync(join(folder, 'dirty.img.zst'))))
+  const free = RangeSet.from(
+    (JSON.parse(readFileSync(join(folder, 'recovered.json'), 'utf8')) as [number, number][]).map(
+      ([start, end]) => ({ start, end }),
+    ),
+  )
+  const truth = free.complement(0, image.length)
+
+  test('used() has all that the kernel has after its recovery, and little more', async () => {
+    const fileSystem = await xfsType.open(new MemoryDevice(image), {})
+    assert.ok(fileSystem instanceof XfsFileSystem)
+    const { ranges, trust } = await fileSystem.used({})
+    assert.equal(trust, 'replayed')
+    assert.equal(truth.subtract(ranges).toString(), '')
+    assert.ok(ranges.subtract(truth).size < 2 ** 20)
+    assert.equal((await fileSystem.audit({})).subtract(ranges).toString(), '')
+  })
+
+  test('mutated outside of the log: never a map that calls free what is in use', async (t) => {
+    const random = new Random()
+    t.diagnostic(`seed ${random.seed}`)
+    const sb = decodeSuperblock(image)
+    const agno = Math.floor(sb.logstart / 2 ** sb.agblklog)
+    const logStart = (agno * sb.agblocks + (sb.logstart % 2 ** sb.agblklog)) * sb.blockBytes
+    const allowed = [
+      [0, logStart],
+      [logStart + sb.logblocks * sb.blockBytes, image.length],
+    ] as const
+    const headers = (at: number): number[] =>
+      livePages(image.subarray(at, at + 32_768)).map((page) => at + page)
+    const pages = [...headers(0), ...headers(sb.agblocks * sb.blockBytes)]
+    let refused = 0
+    for (let i = 0; i < 200; i++) {
+      const mutations = mutate(image, pages, random, allowed)
+      const saved = mutations.map(({ offset, bytes: put }) => image.slice(offset, offset + put.length))
+      for (const { offset, bytes: put } of mutations) image.set(put, offset)
+      try {
+        const { ranges } = await (await xfsType.open(new MemoryDevice(image), {})).used({})
+        assert.equal(truth.subtract(ranges).toString(), '', `seed ${random.seed}, mutation ${i}`)
+      } catch (error) {
+        if (!(error instanceof VarveError) || error.code === 'INTERNAL') throw error
+        refused++
+      } finally {
+        for (const [j, { offset }] of [...mutations.entries()].reverse()) image.set(saved[j]!, offset)
+      }
+    }
+    assert.ok(refused > 10, `${refused} refused`)
   })
 })
 
