@@ -646,6 +646,31 @@ describe('cost', () => {
   })
 })
 
+describe('poison', { skip: needs('qemu-img', 'fsck.fat', 'e2fsck') }, () => {
+  for (const name of ['disk-gpt-ext4-fat-swap', 'disk-mbr-logical']) {
+    test(`${name}: with all that is unused filled, the map is the same and every file system is whole`, async () => {
+      await using dir = await tempDir()
+      const disk = await golden(name)
+      const map = await mapOf(disk)
+      for (const { start, end } of map.ranges.complement(0, map.size)) disk.fill(0xa5, start, end)
+      const again = await mapOf(disk)
+      assert.ok(again.ranges.equals(map.ranges))
+      assert.deepEqual(again.regions, map.regions)
+      let checked = 0
+      for (const { offset, length, children } of map.regions) {
+        const kind = children?.[0]!.kind ?? ''
+        const image = dir.file('part')
+        await writeFile(image, disk.subarray(offset, offset + length))
+        if (kind.startsWith('fat')) await must('fsck.fat', ['-n', image])
+        else if (kind.startsWith('ext')) await must('e2fsck', ['-fn', image])
+        else continue
+        checked += 1
+      }
+      assert.ok(checked >= 2)
+    })
+  }
+})
+
 describe('damaged disks', { skip: needs('qemu-img') }, () => {
   for (const name of ['disk-gpt-ext4-fat-swap', 'disk-mbr-logical']) {
     test(`${name}: any damage gives a map, soon, that adds up`, async () => {
