@@ -91,19 +91,22 @@ async function inflateStart(input: Uint8Array, clusterBytes: number): Promise<Ui
 
 /** Frames one after another until the cluster is full; what follows belongs to somebody else. */
 async function unzstd(input: Uint8Array, clusterBytes: number): Promise<Uint8Array> {
-  const output = new Uint8Array(clusterBytes)
+  let output: Uint8Array | undefined
   let filled = 0
   let at = 0
   while (filled < clusterBytes) {
     const length = zstdFrameLength(input.subarray(at))
     const frame = await zstdDecompressAsync(input.subarray(at, at + length), {
       maxOutputLength: clusterBytes - filled,
+      chunkSize: Math.max(1024, clusterBytes),
     })
+    if (frame.length === clusterBytes) return frame
+    output ??= new Uint8Array(clusterBytes)
     output.set(frame, filled)
     filled += frame.length
     at += length
   }
-  return output
+  return output ?? new Uint8Array(0)
 }
 
 const ZSTD_MAGIC = 0xfd2fb528
