@@ -2,11 +2,11 @@
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { must, needs, patternAt, Random, run, tempDir } from '../../../test/kit/index.ts'
+import { assertBytes, assertClean, create, io, randomCommands } from '../../../test/kit/qcow2.ts'
 import { openHostFile, readBytes } from '../../device/index.ts'
 import type { CheckFinding } from '../image-format.ts'
 import { Qcow2Layer, Qcow2Writer, qcow2Format, repairImage } from './index.ts'
 import { readHeader } from './open-image.ts'
-import { assertBytes, assertClean, create, io, randomCommands } from './qemu-images.ts'
 
 const skip = needs('qemu-img', 'qemu-io')
 

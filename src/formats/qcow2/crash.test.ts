@@ -3,11 +3,11 @@ import assert from 'node:assert/strict'
 import { writeFile } from 'node:fs/promises'
 import { describe, test } from 'node:test'
 import { needs, patternAt, Random, run, tempDir } from '../../../test/kit/index.ts'
+import { assertBytes } from '../../../test/kit/qcow2.ts'
 import { CrashDevice, MemoryDevice, readBytes } from '../../device/index.ts'
 import { checkImage } from './check.ts'
 import { createImage } from './create.ts'
 import { Qcow2Layer, Qcow2Writer, repairImage } from './index.ts'
-import { assertBytes } from './qemu-images.ts'
 
 const SIZE = 192 * 1024
 

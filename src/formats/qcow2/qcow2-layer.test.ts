@@ -3,10 +3,18 @@ import assert from 'node:assert/strict'
 import { copyFile, truncate } from 'node:fs/promises'
 import { describe, test } from 'node:test'
 import { must, needs, Random, tempDir } from '../../../test/kit/index.ts'
+import {
+  assertBytes,
+  create,
+  io,
+  ownExtents,
+  qemuBytes,
+  qemuExtents,
+  randomCommands,
+} from '../../../test/kit/qcow2.ts'
 import { openHostFile, readBytes } from '../../device/index.ts'
 import { checkExtents } from '../../extents/index.ts'
 import { Qcow2Layer, qcow2Format } from './index.ts'
-import { assertBytes, create, io, ownExtents, qemuBytes, qemuExtents, randomCommands } from './qemu-images.ts'
 
 const skip = needs('qemu-img', 'qemu-io')
 

@@ -15,9 +15,9 @@ import {
   checkOpen,
   checkRange,
   type Features,
-  HostFileDevice,
 } from '../../device/index.ts'
 import type { Extent, HostFile } from '../../extents/index.ts'
+import { hostFileOf } from '../host-place.ts'
 import type { BackingReference, FormatFacts, ImageLayer } from '../image-format.ts'
 import { KIND, type Run } from './cluster-map.ts'
 import { decompressCluster } from './compression.ts'
@@ -106,7 +106,7 @@ export class ClusterReader {
 
   constructor(image: Pick<OpenedImage, 'file' | 'data' | 'map' | 'header'>) {
     this.#image = image
-    this.#hostFile = image.data instanceof HostFileDevice ? image.data.file : undefined
+    this.#hostFile = hostFileOf(image.data)
     this.#decoded = new DecodedCache(image.header.clusterBytes)
   }
 

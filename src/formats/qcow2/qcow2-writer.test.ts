@@ -2,10 +2,10 @@
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { must, needs, patternAt, Random, tempDir } from '../../../test/kit/index.ts'
+import { assertBytes, assertClean, create, io, qemuBytes } from '../../../test/kit/qcow2.ts'
 import { type BlockDevice, MemoryDevice, openHostFile, readBytes } from '../../device/index.ts'
 import type { FillAbsent } from '../image-format.ts'
 import { Qcow2Layer, Qcow2Writer, qcow2Format } from './index.ts'
-import { assertBytes, assertClean, create, io, qemuBytes } from './qemu-images.ts'
 
 const skip = needs('qemu-img', 'qemu-io')
 

@@ -295,8 +295,8 @@ export class Qcow2Writer implements WritableImageLayer {
   }
 
   /**
-   * New virtual size in bytes, rounded up to 512 as QEMU counts. What is added reads as zeros, also over a larger
-   * backing file; what is cut off is given back.
+   * New virtual size in bytes (QEMU counts in sectors: of a last part below 512 bytes it sees nothing). What is
+   * added reads as zeros, also over a larger backing file; what is cut off is given back.
    * @throws UNSUPPORTED with internal snapshots or dirty bitmaps, LIMIT when the L1 table would be too large
    */
   async resize(size: number, signal?: AbortSignal): Promise<void> {
@@ -309,12 +309,11 @@ export class Qcow2Writer implements WritableImageLayer {
         `Cannot resize qcow2 image: found ${this.header.bitmaps ? 'dirty bitmaps' : 'internal snapshots'}, expected none`,
       )
     }
-    const target = alignUp(size, 512)
-    if (target === this.#size) return
+    if (size === this.#size) return
     await this.#start(signal)
     await this.#ranges.run(0, Number.MAX_SAFE_INTEGER, async () => {
-      if (target > this.#size) await this.#growDisk(target, signal)
-      else await this.#shrinkDisk(target, signal)
+      if (size > this.#size) await this.#growDisk(size, signal)
+      else if (size < this.#size) await this.#shrinkDisk(size, signal)
     })
   }
 

@@ -1,8 +1,8 @@
-/** For the tests of this folder: qcow2 images made and judged by qemu-img and qemu-io. */
+/** For tests: qcow2 images made and judged by qemu-img and qemu-io. */
 import assert from 'node:assert/strict'
-import { must, type Random, run } from '../../../test/kit/index.ts'
-import { allExtents, type BlockDevice, openHostFile, readBytes } from '../../device/index.ts'
-import type { Extent } from '../../extents/index.ts'
+import { allExtents, type BlockDevice, openHostFile, readBytes } from '../../src/device/index.ts'
+import type { Extent } from '../../src/extents/index.ts'
+import { must, type Random, run } from './index.ts'
 
 export interface QemuImage {
   readonly path: string
