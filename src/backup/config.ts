@@ -64,7 +64,12 @@ export const DEFAULTS: {
 }
 
 /** Throws USAGE unless the sizes are ones that a repository may have. */
-export function checkSizes(chunkBytes: number, frameBytes: number): void {
+export function checkSizes(sizes: {
+  readonly chunkBytes: number
+  readonly frameBytes: number
+  readonly packBytes: number
+}): void {
+  const { chunkBytes, frameBytes, packBytes } = sizes
   const fits = (value: number, least: number, most: number): boolean =>
     isPowerOfTwo(value) && value >= least && value <= most
   if (!fits(chunkBytes, 262_144, 4_194_304)) {
@@ -79,6 +84,9 @@ export function checkSizes(chunkBytes: number, frameBytes: number): void {
       `Cannot use frames of ${frameBytes} bytes: expected a power of two from 64 KiB to 1 MiB, at most a chunk`,
     )
   }
+  if (!(Number.isSafeInteger(packBytes) && packBytes >= 1_048_576 && packBytes <= 1_073_741_824)) {
+    throw new VarveError('USAGE', `Cannot use packs of ${packBytes} bytes: expected 1 MiB to 1 GiB`)
+  }
 }
 
 /** Writes the config of a new repository, the key first: the config is what makes the folder a repository. */
@@ -86,7 +94,7 @@ export async function createConfig(
   store: BlobStore,
   options: { chunkBytes: number; frameBytes: number; packBytes: number; password: string | undefined },
 ): Promise<void> {
-  checkSizes(options.chunkBytes, options.frameBytes)
+  checkSizes(options)
   const master = randomBytes(MASTER_BYTES)
   const repository = randomBytes(16)
   const encrypted = options.password !== undefined
@@ -215,7 +223,7 @@ function refuseUnknown(body: ConfigBody): void {
   if (body.sealing !== 'none' && body.sealing !== 'aes-256-gcm') refuse(`the sealing ${String(body.sealing)}`)
   if (body.pageEntries !== PAGE_ENTRIES) refuse(`pages of ${body.pageEntries} entries`)
   try {
-    checkSizes(body.chunkBytes, body.frameBytes)
+    checkSizes(body)
   } catch (error) {
     refuse(error instanceof Error ? error.message : 'sizes')
   }

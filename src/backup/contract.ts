@@ -15,6 +15,8 @@ export interface CreateRepositoryOptions {
   readonly chunkBytes?: number | undefined
   /** Unit of compression and of random reads: a power of two from 64 KiB to 1 MiB, at most a chunk. */
   readonly frameBytes?: number | undefined
+  /** A pack is closed at this size: 1 MiB to 1 GiB, default 64 MiB. */
+  readonly packBytes?: number | undefined
   /** Threads that hash, compress and decode; default: one a processor, at most 4. */
   readonly workers?: number | undefined
 }

@@ -65,7 +65,7 @@ export async function createRepository(
       chunkBytes: options.chunkBytes ?? DEFAULTS.chunkBytes,
       frameBytes:
         options.frameBytes ?? Math.min(DEFAULTS.frameBytes, options.chunkBytes ?? DEFAULTS.chunkBytes),
-      packBytes: DEFAULTS.packBytes,
+      packBytes: options.packBytes ?? DEFAULTS.packBytes,
       password: options.password,
     })
     await syncFolder(resolve(absolute, '..'))
