@@ -9,7 +9,7 @@ import assert from 'node:assert/strict'
 import { type ChildProcess, spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { once } from 'node:events'
-import { lstatSync, readdirSync, readFileSync } from 'node:fs'
+import { lstatSync, mkdirSync, readdirSync, readFileSync } from 'node:fs'
 import { open, rm, truncate } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, test } from 'node:test'
@@ -20,7 +20,7 @@ import type { UsedMap } from '../../src/filesystems/index.ts'
 import { XfsFileSystem, xfsType } from '../../src/filesystems/xfs/index.ts'
 import { decodeSuperblock } from '../../src/filesystems/xfs/layout.ts'
 import { must, needs, needsRoot, Random, run, tempDir } from '../kit/index.ts'
-import { fillTree, freeByXfsDb, makeXfs } from '../kit/xfs.ts'
+import { fillTree, freeByXfsDb, makeManyExtents, makeXfs } from '../kit/xfs.ts'
 import { mounted } from './mount.ts'
 
 interface Variant {
@@ -54,7 +54,7 @@ const VARIANTS: Readonly<Record<string, Variant>> = {
   },
 }
 
-const skip = needs('mkfs.xfs', 'xfs_db', 'xfs_repair', 'xfs_logprint', 'mount') || needsRoot()
+const skip = needs('mkfs.xfs', 'xfs_db', 'xfs_repair', 'xfs_logprint', 'mount', 'setfattr') || needsRoot()
 
 describe('XFS under load', { skip }, () => {
   for (const [name, variant] of Object.entries(VARIANTS)) {
@@ -92,6 +92,31 @@ describe('XFS at odd moments', { skip }, () => {
       await judge(snapshot, `${name}, seed ${random.seed}`)
     })
   }
+
+  test('files of many extents being deleted: blocks of their trees are cancelled in the log', async () => {
+    await using dir = await tempDir()
+    await makeXfs(dir.file('host'), { mib: 3072 })
+    await using host = await mounted(dir.file('host'), { type: 'xfs' })
+    const image = join(host.path, 'image')
+    await makeXfs(image, { mib: 320, args: ['-m', 'rmapbt=1'] })
+    const snapshots: string[] = []
+    {
+      await using mount = await mounted(image, { type: 'xfs' })
+      for (const name of ['a', 'b', 'c', 'd']) {
+        mkdirSync(join(mount.path, name))
+        await makeManyExtents(join(mount.path, name), 2000)
+      }
+      await must('sync', ['-f', mount.path])
+      const removal = run('rm', ['-r', ...['a', 'c'].map((name) => join(mount.path, name))])
+      for (let i = 0; i < 2; i++) {
+        await must('sync', ['-f', mount.path])
+        snapshots.push(join(host.path, `snapshot-${i}`))
+        await must('cp', ['--reflink=always', image, snapshots.at(-1)!])
+      }
+      assert.equal((await removal).code, 0)
+    }
+    for (const snapshot of snapshots) await judge(snapshot, snapshot)
+  })
 
   test('shut down without a flush of the log', async () => {
     const random = new Random()

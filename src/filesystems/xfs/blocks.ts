@@ -74,39 +74,36 @@ export class BlockReader {
    * `magic`: what it must begin with to be judged on disk; a replay may be what makes it that structure.
    */
   finish(loaded: Loaded, identity: Identity, magic: number, what: string): Loaded {
-    const { sb } = this
     const { offset } = loaded
-    const view = new DataView(loaded.bytes.buffer, loaded.bytes.byteOffset, loaded.bytes.byteLength)
-    const isOne = (): boolean =>
-      view.getUint32(0) === magic &&
-      uuidText(loaded.bytes.subarray(identity.uuidAt, identity.uuidAt + 16)) === sb.metaUuid &&
-      (identity.blknoAt < 0 || view.getBigUint64(identity.blknoAt) === BigInt(offset / BB))
-    const wasOne = sb.version === 5 && isOne()
-    if (wasOne && !crcMatches(loaded.bytes, identity.crcAt)) {
-      throw this.refuse('xfs-checksum', `a wrong checksum of ${what} at ${offset}`, 'the CRC-32C of it')
+    const place = { offset, identity, magic }
+    const wasOne = this.#identifies(loaded.bytes, place)
+    if (wasOne && this.sb.version === 5) {
+      if (!crcMatches(loaded.bytes, identity.crcAt))
+        throw this.refuse('xfs-checksum', `a wrong checksum of ${what} at ${offset}`, 'the CRC-32C of it')
+      this.#judgeLsn(loaded, what)
     }
-    if (wasOne) this.#judgeLsn(loaded, what)
     const bytes = this.#replay ? loaded.bytes.slice() : loaded.bytes
     const replayed = this.#replay?.apply(bytes, offset) ?? false
-    if (!replayed) {
-      if (view.getUint32(0) !== magic || (sb.version === 5 && !wasOne)) {
-        throw this.refuse('xfs-structure', `no ${what} at ${offset}`, 'one with its uuid and address')
-      }
-    } else {
-      const after = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
-      const uuid = uuidText(bytes.subarray(identity.uuidAt, identity.uuidAt + 16))
-      if (after.getUint32(0) !== magic || (sb.version === 5 && uuid !== sb.metaUuid)) {
-        throw this.refuse('xfs-structure', `no ${what} at ${offset} after the replay`, 'one')
-      }
-      if (
-        sb.version === 5 &&
-        identity.blknoAt >= 0 &&
-        after.getBigUint64(identity.blknoAt) !== BigInt(offset / BB)
-      ) {
-        throw this.refuse('xfs-structure', `a ${what} of another address at ${offset}`, String(offset / BB))
-      }
+    if (replayed ? !this.#identifies(bytes, place) : !wasOne) {
+      const when = replayed ? ' after the replay' : ''
+      throw this.refuse('xfs-structure', `no ${what} at ${offset}${when}`, 'one with its uuid and address')
     }
     return { offset, bytes, replayed }
+  }
+
+  /** True where `bytes` say that they are such a structure, of this file system, for this place. */
+  #identifies(
+    bytes: Uint8Array,
+    { offset, identity, magic }: { offset: number; identity: Identity; magic: number },
+  ): boolean {
+    const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+    if (view.getUint32(0) !== magic) return false
+    if (this.sb.version === 4) return true
+    const { uuidAt, blknoAt } = identity
+    return (
+      uuidText(bytes.subarray(uuidAt, uuidAt + 16)) === this.sb.metaUuid &&
+      (blknoAt < 0 || view.getBigUint64(blknoAt) === BigInt(offset / BB))
+    )
   }
 
   /** Lays the log over a structure that carries nothing to be known by (the AGFL of v4). */
