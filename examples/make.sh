@@ -32,7 +32,7 @@ for i in $(seq 8); do head -c 24M <(yes "object $i of a build that nobody needs 
 
 # The partitions.
 truncate -s 64M "$w/esp"
-mkfs.vfat -F 32 -i 56415256 -n ESP --invariant "$w/esp" >/dev/null
+mkfs.vfat -F 32 -n ESP --invariant "$w/esp" >/dev/null
 head -c 400000 <(yes 'loader') >"$w/loader"
 mmd -i "$w/esp" ::EFI ::EFI/BOOT
 mcopy -i "$w/esp" "$w/loader" ::EFI/BOOT/BOOTX64.EFI

@@ -118,10 +118,13 @@ const seconds = ((performance.now() - started) / 1000).toFixed(0)
 const from = process.env['INIT_CWD'] ?? process.cwd()
 const short = relative(from, varve)
 const command = short.startsWith('..') ? varve : short
-console.log(`
-${styleText('bold', `Done in ${seconds} s. Next:`)}
-  ${command} inspect YOUR-DISK.qcow2                  what is in it, and how much of it matters
-  ${command} init /backup/vms                         a repository of your own (--encrypt asks for a password)
-  ${command} backup YOUR-DISK.qcow2 --repo /backup/vms
-  ${command} --help                                   all verbs; \`npm start -- ARGUMENTS\` is the same as bin/varve
-  rm -r ${folder}          when you have seen enough`)
+const next: readonly (readonly [string, string])[] = [
+  [`${command} inspect YOUR-DISK.qcow2`, 'what is in it, and how much of it matters'],
+  [`${command} init /backup/vms`, 'a repository of your own (--encrypt asks for a password)'],
+  [`${command} backup YOUR-DISK.qcow2 --repo /backup/vms`, 'a first restore point'],
+  [`${command} --help`, 'all verbs; `npm start -- ARGUMENTS` is the same'],
+  [`rm -r ${folder}`, 'when you have seen enough'],
+]
+const widest = Math.max(...next.map(([line]) => line.length))
+console.log(`\n${styleText('bold', `Done in ${seconds} s. Next:`)}`)
+for (const [line, what] of next) console.log(`  ${line.padEnd(widest)}  ${styleText('dim', what)}`)

@@ -133,7 +133,7 @@ describe('varve inspect', () => {
     assert.match(text, /monday\.qcow2 +qcow2 +2 GiB/)
     assert.match(text, /└─ ext4 "root" .* exact/)
     assert.match(text, /└─ fat32 "ESP"/)
-    assert.doesNotMatch(text, /\x1b/, 'no colours into a pipe')
+    assert.ok(!text.includes('\x1b'), 'no colours into a pipe')
   })
 
   test('says why a region is taken whole', async () => {
@@ -158,7 +158,7 @@ describe('varve inspect', () => {
     await file.close()
     const text = await ok(['inspect', dir.file('x.raw')])
     assert.match(text, /ext4/)
-    assert.doesNotMatch(text, /[\x00-\x09\x0b-\x1f\x7f]/)
+    assert.doesNotMatch(text.replaceAll('\n', ''), /\p{Cc}/u)
   })
 })
 

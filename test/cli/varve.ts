@@ -11,7 +11,8 @@ export const EXAMPLES: string = join(ROOT, 'examples')
 export const GOLDEN: string = join(ROOT, 'test/golden')
 
 /** What the person's shell may carry must not decide a test. */
-const CLEAN = { VARVE_REPO: '', VARVE_PASSWORD: '', VARVE_DEBUG: '', NO_COLOR: '', FORCE_COLOR: undefined }
+const CLEAN: Record<string, string> = { VARVE_REPO: '', VARVE_PASSWORD: '', VARVE_DEBUG: '' }
+for (const name of ['NO_COLOR', 'FORCE_COLOR', 'NODE_OPTIONS', 'NODE_TEST_CONTEXT']) delete process.env[name]
 
 export interface Ran {
   readonly code: number
@@ -27,7 +28,7 @@ export interface VarveOptions {
 export async function varve(args: readonly string[], options: VarveOptions = {}): Promise<Ran> {
   const { code, stdout, stderr } = await run(VARVE, args, {
     ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
-    env: { ...(CLEAN as Record<string, string>), ...options.env },
+    env: { ...CLEAN, ...options.env },
   })
   return { code, stdout: stdout.toString(), stderr }
 }

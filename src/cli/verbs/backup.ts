@@ -160,7 +160,7 @@ function textOf(image: string, done: BackupDocument, options: BackupOptions, out
     row('in use', inUseBytes, `${formatShare(inUseBytes, virtualSize)} of ${formatBytes(virtualSize)}`),
     row('skipped', skipped, options.allBlocks ? 'nothing: --all-blocks' : 'no file system uses it'),
     row('read', readBytes, `in ${formatSeconds(seconds)}${rate === '' ? '' : `, ${rate}`}`),
-    row('changed', changedBytes, 'against the latest point of this disk'),
+    row('changed', changedBytes, 'in chunks that the latest point of this disk has not'),
     row('stored', storedBytes, `${count(newChunks, 'new chunk')}, ${reusedChunks} reused`),
   ]
   for (const { region, reason } of takenWhole(done.regions)) {
