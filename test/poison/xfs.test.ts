@@ -248,7 +248,7 @@ async function judge(snapshot: string, what: string): Promise<void> {
   assert.ok(bytes > 0, what)
   const expected = await recoverAndHash(recovered)
   const found = await recoverAndHash(poisoned)
-  assert.ok(expected.size > 5, `${expected.size} files in ${what}`)
+  assert.ok(expected.size > 2, `${expected.size} files in ${what}`)
   const differ = [...expected].filter(([path, hash]) => found.get(path) !== hash).map(([path]) => path)
   assert.deepEqual(differ, [], `files that differ after the poison (${what})`)
   assert.equal(found.size, expected.size, what)

@@ -96,7 +96,10 @@ export interface Superblock {
   readonly logIncompat: number
 }
 
-/** The superblock's fields as they stand; `bytes` begins with it. Only its magic has been looked at. */
+/**
+ * The superblock's fields as they stand; `bytes` begins with it. Only its magic has been looked at, so any number may
+ * be nonsense; those above 2^53 are rounded, and too large for every check all the same.
+ */
 export function decodeSuperblock(bytes: Uint8Array): Superblock {
   const b = new Bytes(bytes, 'big', 'XFS superblock')
   const versionnum = b.u16(100)
@@ -107,13 +110,13 @@ export function decodeSuperblock(bytes: Uint8Array): Superblock {
   return {
     version,
     blockBytes: b.u32(4),
-    dblocks: b.size64(8, 'dblocks'),
-    rblocks: b.size64(16, 'rblocks'),
-    rextents: b.size64(24, 'rextents'),
+    dblocks: Number(b.u64(8)),
+    rblocks: Number(b.u64(16)),
+    rextents: Number(b.u64(24)),
     uuid,
     metaUuid: (incompat & INCOMPAT.META_UUID) !== 0 ? uuidText(b.sub(248, 16)) : uuid,
     label: b.cString(108, 12),
-    logstart: b.size64(48, 'logstart'),
+    logstart: Number(b.u64(48)),
     rootino: Number(b.u64(56)),
     agblocks: b.u32(84),
     agcount: b.u32(88),
