@@ -35,6 +35,13 @@ export interface FileSystem {
   /** The unit of its block map, bytes. */
   readonly blockBytes: number
   used(context: Context): Promise<UsedMap>
+  /**
+   * A second opinion, from the other side: every byte that some inode, record or extent item owns, found by walking
+   * those and not the block map. All of it must be in `used`. May read much more than `used` does.
+   */
+  audit?(context: Context): Promise<RangeSet>
+  /** Bytes of page, swap and hibernation files: in use, but a guest makes their content anew when it starts. */
+  pageFiles?(context: Context): Promise<RangeSet>
 }
 
 export interface FileSystemType {

@@ -1,15 +1,14 @@
 /**
  * Rank 4: disk -> in-use map with a verdict per region. What the words mean and which rules hold: docs/in-use.md.
  */
-import type { Context } from '../base/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import { mapDisks } from './map.ts'
 import type { InUseMap } from './region.ts'
+import type { MapOptions } from './walk.ts'
 
 export type { Trust } from '../filesystems/index.ts'
 export type { InUseMap, Reason, Region } from './region.ts'
-
-export interface MapOptions extends Context {}
+export type { MapOptions } from './walk.ts'
 
 /**
  * Which bytes of `disk` its partition tables, volume managers and file systems need. Reads metadata only; what

@@ -2,20 +2,20 @@
  * From a walked disk to the answer: offsets become the disk's, ranges become one set, and what only a bug can
  * break is checked: regions cover the disk, and add up to the set.
  */
-import { assert, type Context } from '../base/index.ts'
+import { assert } from '../base/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import type { Trust } from '../filesystems/index.ts'
 import type { Registry } from './recognize.ts'
 import type { InUseMap, Region } from './region.ts'
-import { type Node, usedOf, usedOfAll, Walk } from './walk.ts'
+import { type MapOptions, type Node, usedOf, usedOfAll, Walk } from './walk.ts'
 
 /** One map per disk, in their order. @throws what a disk throws; CANCELLED */
 export async function mapDisks(
   disks: readonly BlockDevice[],
-  context: Context,
+  options: MapOptions,
   registry?: Registry,
 ): Promise<readonly InUseMap[]> {
-  const walk = new Walk(context, registry)
+  const walk = new Walk(options, registry)
   const covers: (readonly Node[])[] = []
   for (const disk of disks) covers.push(await walk.cover(disk, 'disk'))
   await walk.openGroups()

@@ -12,7 +12,7 @@
 import { assert, type Context, isVarveError, mapBounded, NotTrusted } from '../base/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import { RangeSet, RangeSetBuilder } from '../extents/index.ts'
-import type { FileSystem, FileSystemType, Trust } from '../filesystems/index.ts'
+import type { FileSystem, FileSystemType, Trust, UsedMap } from '../filesystems/index.ts'
 import {
   type Doubt,
   placeOf,
@@ -77,14 +77,24 @@ export interface SharedFileSystem {
   nodes: readonly Node[]
 }
 
+/** What `mapInUse` may be asked for besides. */
+export interface MapOptions extends Context {
+  /** Ask every file system for its second opinion; a difference makes the region wholly in use. */
+  readonly audit?: boolean
+  /** Leave page, swap and hibernation files out. */
+  readonly skipPageFiles?: boolean
+}
+
 export class Walk {
   readonly #context: Context
+  readonly #options: MapOptions
   readonly #registry: Registry
   readonly #groups = new Map<VolumeScheme, Map<string, Group>>()
   readonly #shared = new Map<FileSystemType, Map<string, SharedFileSystem>>()
 
-  constructor(context: Context, registry: Registry = REGISTRY) {
-    this.#context = context
+  constructor(options: MapOptions, registry: Registry = REGISTRY) {
+    this.#context = options
+    this.#options = options
     this.#registry = registry
   }
 
@@ -164,12 +174,36 @@ export class Walk {
       }
       const map = await system.used(this.#context)
       assert(isInside(map.ranges, size), `used ranges of ${name} lie inside its device`)
-      const used = map.ranges.coarsen(device.blockSize).clip(0, size)
-      return { offset: 0, length: size, ...about, state: map.state, verdict: known(used, map.trust) }
+      const { needed, state } = await this.#apply(system, map)
+      // Outward, as everywhere: what shares a sector with something needed is needed.
+      const used = needed.coarsen(device.blockSize).clip(0, size)
+      return { offset: 0, length: size, ...about, state, verdict: known(used, map.trust) }
     } catch (error) {
       if (!this.#isVerdict(error, device)) throw error
       return this.#refused(size, error, about)
     }
+  }
+
+  /** The options: a second opinion, page files left out. @throws NotTrusted when the second opinion differs */
+  async #apply(system: FileSystem, map: UsedMap): Promise<{ needed: RangeSet; state: string }> {
+    const notes = [map.state]
+    let needed = map.ranges
+    if (this.#options.audit && system.audit) {
+      const missing = (await system.audit(this.#context)).subtract(needed)
+      if (!missing.isEmpty) {
+        throw new NotTrusted(
+          'audit-mismatch',
+          `Cannot trust the block map: found ${missing.size} bytes that have an owner and are free in it, first at ${missing.first}`,
+        )
+      }
+      notes.push('audited')
+    } else if (this.#options.audit) notes.push('no audit for this file system')
+    if (this.#options.skipPageFiles && system.pageFiles) {
+      const skipped = await system.pageFiles(this.#context)
+      if (!skipped.isEmpty) notes.push(`${skipped.size} bytes of page files left out`)
+      needed = needed.subtract(skipped)
+    }
+    return { needed, state: notes.join('; ') }
   }
 
   #setAside(device: ProbeCache, type: FileSystemType, id: string): Node {

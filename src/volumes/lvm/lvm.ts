@@ -180,13 +180,19 @@ class Group {
     const volumes: Volume[] = []
     const stores = this.#snapshotStores()
     const covered = new Set<string>()
+    // A snapshot is known by the name of its store; the volume of type `snapshot` only ties it to its origin.
+    for (const [name, segment] of stores) {
+      for (const one of this.#closure(name)) covered.add(one)
+      const lv = this.#lvs.get(name)
+      if (lv) volumes.push(await this.#volume(name, lv, segment))
+    }
     for (const [name, lv] of this.#lvs) {
       throwIfAborted(context.signal)
-      if (!lv.strings('status').includes('VISIBLE')) continue
-      for (const one of this.#closure(name)) covered.add(one)
       const type = this.#typeOf(lv)
+      if (!lv.strings('status').includes('VISIBLE') || type === 'snapshot' || stores.has(name)) continue
+      for (const one of this.#closure(name)) covered.add(one)
       if (type === 'thin-pool') await this.#keepPool(name)
-      else volumes.push(await this.#volume(name, lv, stores.get(name)))
+      else volumes.push(await this.#volume(name, lv, undefined))
     }
     for (const [name, lv] of this.#lvs) {
       if (covered.has(name) || this.#typeOf(lv) === 'snapshot') continue
@@ -231,7 +237,7 @@ class Group {
       throw refuse('lvm-metadata-differs', 'found a physical volume that the group does not know', this.#vg)
   }
 
-  /** Visible volume -> the hidden snapshot that uses it as its store. */
+  /** Store of a classic snapshot -> the segment that ties it to its origin. */
   #snapshotStores(): Map<string, Section> {
     const stores = new Map<string, Section>()
     for (const lv of this.#lvs.values()) {
