@@ -3,6 +3,7 @@ import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { constants, deflateRawSync, zstdCompressSync } from 'node:zlib'
 import { patternAt, Random } from '../../../test/kit/index.ts'
+import { assertBytes } from '../../../test/kit/qcow2.ts'
 import { VarveError } from '../../base/index.ts'
 import { allExtents, type BlockDevice, MemoryDevice, readBytes } from '../../device/index.ts'
 import type { Extent } from '../../extents/index.ts'
@@ -288,10 +289,8 @@ describe('hostile qcow2', () => {
         const tail = Buffer.concat([frame, random.bytes(40)])
         assert.equal(zstdFrameLength(tail), frame.length, `seed ${random.seed}, ${length}`)
         assert.throws(() => zstdFrameLength(frame.subarray(0, frame.length - 1)))
-        assert.deepEqual(
-          await decompressCluster('zstd', Buffer.concat([tail, frame]), length, 0),
-          Buffer.from(content).length ? new Uint8Array(content) : content,
-        )
+        const found = await decompressCluster('zstd', Buffer.concat([tail, frame]), length, 0)
+        assertBytes(found, content, `seed ${random.seed}, ${length}`)
       }
     }
   })
