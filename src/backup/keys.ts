@@ -300,7 +300,7 @@ function setNonce(nonce: Buffer, purpose: number, at: number): void {
  * Gives the memory of a large result back at once. Left to the collector, hundreds of MiB of dead buffers pile up
  * before it runs, because the objects that own them are small. Nobody may use `bytes` afterwards.
  */
-function release(bytes: Uint8Array): void {
+export function release(bytes: Uint8Array): void {
   const { buffer } = bytes
   // Smaller ones may share Node's pool, which cannot be taken apart.
   if (buffer instanceof ArrayBuffer && buffer.byteLength >= 2 * Buffer.poolSize) buffer.transfer(0)

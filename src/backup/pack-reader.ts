@@ -1,6 +1,6 @@
 /** Reads packs: the trailer, objects by their place, and everything for `verify`. */
 import { crc32, VarveError, within } from '../base/index.ts'
-import { equalBytes, FrameCodec, mac, openSection, type RepositoryKeys } from './keys.ts'
+import { equalBytes, FrameCodec, mac, openSection, type RepositoryKeys, release } from './keys.ts'
 import {
   CRC_SPAN,
   corrupt,
@@ -103,6 +103,7 @@ export async function readFrames(
   const stored = new Uint8Array(storedBytes(place.frames.slice(first, end)))
   if (stored.length > 0) await store.read(path, from, stored)
   decodeFrames(new FrameCodec(keys, place.pack), place, first, end, stored, from, into)
+  release(stored)
 }
 
 function decodeFrames(

@@ -149,7 +149,7 @@ describe('a writer killed', () => {
     }
     t.diagnostic(`${writers.killed} killed, ${writers.finished} finished, ${expected.size} points, ${seed}`)
     assert.ok(
-      finished > 0 && expected.size > 0,
+      writers.finished > 0 && expected.size > 0,
       `${seed}: every writer was killed before it had written anything`,
     )
     await using repository = await openRepository(repo, { workers: 1 })
