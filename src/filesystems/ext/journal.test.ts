@@ -63,7 +63,9 @@ async function makeImage(path: string, form: Form): Promise<Image> {
   const blockBytes = form.large ? 4096 : 1024
   await writeFile(path, '')
   await truncate(path, 8192 * blockBytes)
-  const features = form.indirect ? '^extent,^metadata_csum,^64bit' : '64bit'
+  // As the kernel does: checksums of versions 2 and 3 belong to metadata_csum, all else to file systems without.
+  const csum = (form.incompat & (csumV2 | csumV3)) !== 0
+  const features = form.indirect ? '^extent,^metadata_csum,^64bit' : `64bit,${csum ? '' : '^'}metadata_csum`
   await must('mke2fs', [
     '-q',
     '-F',
@@ -535,6 +537,36 @@ describe('journal damage', { skip: needs('mke2fs', 'debugfs', 'e2fsck') }, () =>
       for (let i = 0; i < 1023; i++) log.revokes([])
     })
     await refuses(image, /leads back/)
+  })
+
+  test('a log without checksums beside metadata with them is refused', async () => {
+    await using dir = await tempDir()
+    const image = await makeImage(dir.file('image'), V3)
+    const log = await newLog(image, PLAIN)
+    log.descriptor(one(image))
+    log.commit()
+    await install(image, log)
+    await refuses(image, /a log without checksums/)
+  })
+
+  test('the block after a damaged end of the log gives it away', async () => {
+    await using dir = await tempDir()
+    for (const [at, byte] of [
+      [4, 0],
+      [4, 11],
+      [8, 0],
+      [5, 9],
+      [5, 3],
+    ] as const) {
+      const image = await prepared(dir, V3, (log, image) => {
+        for (let i = 1; i < 4; i++) {
+          log.descriptor(one(image, i))
+          log.commit()
+        }
+        flip(log, at, byte)
+      })
+      await refuses(image, /transaction \d+/)
+    }
   })
 
   test('impossible journal superblocks are refused', async () => {

@@ -41,10 +41,12 @@ import {
   tailIsRight,
   transactionIsRight,
 } from './journal-layout.ts'
-import { type GroupDescriptors, has, type Superblock } from './layout.ts'
+import { type GroupDescriptors, has, hasMetadataCsum, INCOMPAT, type Superblock } from './layout.ts'
 import { aboutOf } from './superblock.ts'
 
 const READ_BYTES = 262_144
+/** How far past the end of the log signs of damage are looked for: the largest transaction of a small journal. */
+const LOOK_AHEAD_BLOCKS = 256
 
 /** Blocks of the journal that stand one after another on the device. */
 interface LogRun {
@@ -239,6 +241,12 @@ function checkJournalSuperblock(fs: Superblock, sb: JournalSuperblock, blocks: n
   ) {
     throw untrusted(fs, 'journal checksums of two kinds or of an unknown one')
   }
+  // Every mount for writing gives the journal of a file system with checksums checksums too. Only a journal that
+  // was never mounted has none; one that is needed and has none has lost its feature bits.
+  const needed = sb.start !== 0 || has(fs.incompat, INCOMPAT.recover)
+  if (needed && hasMetadataCsum(fs) && !hasCsum(sb.incompat)) {
+    throw untrusted(fs, 'a log without checksums, expected them as on all other metadata')
+  }
   if (sb.blockSize !== fs.blockBytes) throw untrusted(fs, `journal blocks of ${sb.blockSize} bytes`)
   if (sb.maxLen > blocks) {
     throw untrusted(fs, `a journal of ${sb.maxLen} blocks in a file of ${blocks}`)
@@ -299,27 +307,29 @@ class Scan {
   async run(): Promise<void> {
     const sb = this.#sb
     const withChecksum = has(sb.compat, JOURNAL_COMPAT.checksum)
-    /** A descriptor or revoke block with a wrong checksum: stale, or damaged if its commit block is there. */
-    let stale = false
+    /** Place of a descriptor or revoke block with a wrong checksum: left over from earlier, or damaged. */
+    let staleAt: number | undefined
     let lastCommitTime = 0n
     /** The transaction whose commit failed its checksum under async commit. */
     let failed: number | undefined
     const wrongTags: { readonly block: number; readonly sequence: number }[] = []
 
+    let end = this.#at
     for (;;) {
+      end = this.#at
       // The block is valid until the next is read: everything is taken out of it at once.
       const block = await this.#next()
       const header = decodeHeader(block)
       if (!header || header.sequence !== this.sequence) break
       if (header.blockType === BLOCK_TYPE.descriptor) {
         const good = tailIsRight(block, sb)
-        if (!good) stale = true
+        if (!good) staleAt ??= end
         const tags = decodeTags(block, sb.incompat)
         if (withChecksum) this.#crc = crc32MsbFirst(block, this.#crc)
         if (good) await this.#takeTags(tags, header.sequence, withChecksum)
         else this.#skip(tags.length)
       } else if (header.blockType === BLOCK_TYPE.revoke) {
-        if (!tailIsRight(block, sb)) stale = true
+        if (!tailIsRight(block, sb)) staleAt ??= end
         const revokes = decodeRevokes(block, sb.incompat)
         if (revokes) this.#revokes.push(...revokes)
         else this.#flaw ??= 'a revoke block that is longer than a block'
@@ -327,8 +337,8 @@ class Scan {
         const commit = decodeCommit(block)
         const good = commitIsRight(block, sb) && !(withChecksum && !transactionIsRight(commit, this.#crc))
         // A commit that is older than the one before it is left over from an earlier use of these blocks.
-        if ((stale || !good) && commit.time < lastCommitTime) break
-        if (stale) throw this.#untrusted(`a wrong checksum in transaction ${this.sequence}`)
+        if ((staleAt !== undefined || !good) && commit.time < lastCommitTime) break
+        if (staleAt !== undefined) throw this.#untrusted(`a wrong checksum in transaction ${this.sequence}`)
         if (failed !== undefined) {
           throw this.#untrusted(`transaction ${failed} damaged and later ones committed`)
         }
@@ -351,6 +361,7 @@ class Scan {
       }
     }
     if (failed !== undefined) this.sequence = failed
+    if (failed === undefined) await this.#checkAhead(staleAt ?? end, lastCommitTime)
 
     for (const [block, revokedAt] of this.#revoked) {
       const copy = this.latest.get(block)
@@ -381,6 +392,34 @@ class Scan {
         this.#flaw ??= `a logged copy of block ${tag.block}, past the device's ${this.#deviceBlocks}`
       }
       this.#tags.push({ block: tag.block, copy: { at, sequence, escape: tag.escape }, isRight })
+    }
+  }
+
+  /**
+   * A log that was cut off has older blocks after its end, never younger ones: a block of a later transaction, or
+   * the commit of this one, says that a block between was damaged. Asked only where a checksum proves that the
+   * block belongs to this journal, and only of the blocks at and soon after `from`. (What no reader can
+   * know: a last transaction whose commit block lost its magic or sequence was never committed.)
+   */
+  async #checkAhead(from: number, lastCommitTime: bigint): Promise<void> {
+    const sb = this.#sb
+    if (!hasCsum(sb.incompat)) return
+    const asynchronous = has(sb.incompat, JOURNAL_INCOMPAT.asyncCommit)
+    const logBlocks = this.#end - sb.first
+    for (let i = 0; i < Math.min(LOOK_AHEAD_BLOCKS, logBlocks); i++) {
+      const block = await this.#log.block(sb.first + ((from - sb.first + i) % logBlocks), this.#end)
+      const header = decodeHeader(block)
+      if (!header) continue
+      const isCommit = header.blockType === BLOCK_TYPE.commit
+      const later = isAfter(header.sequence, this.sequence)
+      const ours =
+        isCommit &&
+        header.sequence === this.sequence &&
+        !asynchronous &&
+        decodeCommit(block).time >= lastCommitTime
+      if ((later || ours) && (isCommit ? commitIsRight(block, sb) : tailIsRight(block, sb))) {
+        throw this.#untrusted(`transaction ${header.sequence} after a gap in transaction ${this.sequence}`)
+      }
     }
   }
 
