@@ -115,7 +115,8 @@ export class Lane {
   constructor(setup: EngineSetup, onPack: (pack: DurablePack) => void) {
     // The same file in sources (.ts) and in the package (.js).
     const entry = new URL(`./worker${extname(fileURLToPath(import.meta.url))}`, import.meta.url)
-    this.#worker = new Worker(entry, { workerData: setup, name: 'varve-repository' })
+    // Flags of the process that speak of its main module (--eval, --input-type, --test) are not for a worker.
+    this.#worker = new Worker(entry, { workerData: setup, name: 'varve-repository', execArgv: [] })
     this.#worker.unref()
     this.#worker.on('message', (reply: Reply) => {
       if ('pack' in reply) onPack(reply.pack)
