@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict'
+import { writeFile } from 'node:fs/promises'
 import { describe, test } from 'node:test'
 import { must, needs, patternAt, Random, tempDir } from '../../../test/kit/index.ts'
 import {
@@ -82,6 +83,24 @@ describe('VHD against qemu-img', { skip: needs('qemu-img', 'qemu-io') }, () => {
         assert.deepEqual(verbatim, await readBytes(expected, offset, length))
       }
     })
+  }
+})
+
+test('the size of each known creator is qemu’s', { skip: needs('qemu-img') }, async () => {
+  await using dir = await tempDir()
+  for (const geometry of [
+    [15, 4, 17],
+    [65_535, 16, 255],
+  ] as const) {
+    for (const creator of ['vpc ', 'qemu', 'qem2', 'win ', 'd2v ', 'tap\0', 'CTXS']) {
+      const made = makeVhd({ type: 'dynamic', size: MIB, creator, geometry, sectors: sectors([1, 2, 3]) })
+      await writeFile(dir.file('a.vhd'), made.bytes)
+      const info = JSON.parse(
+        await must('qemu-img', ['info', '-f', 'vpc', '--output=json', dir.file('a.vhd')]),
+      ) as { 'virtual-size': number }
+      await using layer = await open(made)
+      assert.equal(layer.size, info['virtual-size'], creator)
+    }
   }
 })
 
