@@ -181,7 +181,7 @@ export class Engine {
   }
 
   async verifyPack(pack: { readonly kind: PackKind; readonly name: string }): Promise<PackReport> {
-    return await verifyPack(this.#store, this.#keys, pack, this.#setup.frameBytes, () => this.#cancelled)
+    return await verifyPack(this.#store, this.#keys, pack, this.#setup.frameBytes)
   }
 
   async close(): Promise<void> {

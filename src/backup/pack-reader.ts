@@ -159,7 +159,6 @@ export async function verifyPack(
   keys: RepositoryKeys,
   pack: { readonly kind: PackKind; readonly name: string },
   frameBytes: number,
-  cancelled: () => boolean = () => false,
 ): Promise<PackReport> {
   const path = packPath(pack.kind, pack.name)
   const what = `pack ${path}`
@@ -181,7 +180,6 @@ export async function verifyPack(
   let content = new Uint8Array(frameBytes)
   let windowAt = 0
   for (let span = 0; span < footer.crcCount; span++) {
-    if (cancelled()) break
     const at = span * CRC_SPAN
     const length = Math.min(CRC_SPAN, end - at)
     const keepFrom = Math.min(next < objects.length ? objects[next]!.offset : at, at)

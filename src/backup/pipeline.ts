@@ -180,6 +180,7 @@ class BackupRun {
     if (batch.chunks.length > 0) await this.#dispatch(batch)
     while (this.#underWay.size > 0) await Promise.race(this.#underWay)
     this.#throwIfFailed()
+    this.#report()
 
     await pool.everywhere('flush')
     crashPoint('data-durable')

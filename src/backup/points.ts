@@ -1,5 +1,5 @@
 /** Names of disks and points, and where their manifests stand: `points/<disk>/<ulid>`. */
-import { isVarveError, VarveError } from '../base/index.ts'
+import { isVarveError, mapBounded, VarveError } from '../base/index.ts'
 import type { PointInfo, PointName } from './contract.ts'
 import type { RepositoryKeys } from './keys.ts'
 import { type ManifestFacts, readFacts } from './manifest.ts'
@@ -9,6 +9,7 @@ import { isUlid, ulidTime } from './ulid.ts'
 const PREFIX = 'points/'
 /** What a file system takes as one name, less some room for suffixes. */
 const MOST_FOLDER_NAME = 240
+const READS_UNDER_WAY = 8
 
 /** Throws USAGE unless `disk` can be the name of a disk. */
 export function checkDiskName(disk: string): void {
@@ -105,20 +106,21 @@ export async function listPoints(
   keys: RepositoryKeys,
   disk: string | undefined,
 ): Promise<{ path: string; info: PointInfo }[]> {
-  const points: { path: string; info: PointInfo }[] = []
   const diskOfFolder = new Map<string, string>()
-  for (const path of await manifestPaths(store, keys, disk)) {
+  const paths = await manifestPaths(store, keys, disk)
+  const read = await mapBounded(paths, READS_UNDER_WAY, async (path) => {
     try {
       const facts = await readFacts(store, keys, path)
       diskOfFolder.set(folderOf(path), facts.disk)
-      points.push({ path, info: pointInfo(facts) })
+      return { path, info: pointInfo(facts) }
     } catch (error) {
       if (!isVarveError(error)) throw error
       // Removed by another program since it was listed.
-      if (error.code === 'NOT_FOUND') continue
-      points.push({ path, info: damagedInfo(disk ?? '', pointOf(path), error) })
+      if (error.code === 'NOT_FOUND') return undefined
+      return { path, info: damagedInfo(disk ?? '', pointOf(path), error) }
     }
-  }
+  })
+  const points = read.filter((point) => point !== undefined)
   const named = points.map(({ path, info }) =>
     info.error && info.disk === ''
       ? {

@@ -75,8 +75,13 @@ export class WorkerPool implements AsyncDisposable {
 
   /** Worker `index` of `size`. */
   lane(index: number): Lane {
-    this.#lanes[index] ??= new Lane(this.#setup, (pack) => this.onPack(pack))
-    return this.#lanes[index]
+    let lane = this.#lanes[index]
+    // A thread that died took what was under way with it; the next piece of work gets a new one.
+    if (!lane || lane.isDead) {
+      lane = new Lane(this.#setup, (pack) => this.onPack(pack))
+      this.#lanes[index] = lane
+    }
+    return lane
   }
 
   /** The worker with the least to do. */
@@ -92,12 +97,12 @@ export class WorkerPool implements AsyncDisposable {
 
   /** Runs on every worker that was started. */
   async everywhere(method: 'flush' | 'abort'): Promise<void> {
-    const results = await Promise.allSettled(this.#lanes.map((lane) => lane?.call(method, undefined)))
+    const results = await Promise.allSettled(this.#lanes.map((lane) => lane.call(method, undefined)))
     for (const result of results) if (result.status === 'rejected') throw result.reason
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await Promise.all(this.#lanes.splice(0).map((lane) => lane?.close()))
+    await Promise.all(this.#lanes.splice(0).map((lane) => lane.close()))
   }
 }
 
@@ -124,6 +129,10 @@ export class Lane {
     })
     this.#worker.on('error', (error) => this.#fail(error as Error))
     this.#worker.on('exit', (code) => this.#fail(new Error(`a worker thread ended with code ${code}`)))
+  }
+
+  get isDead(): boolean {
+    return this.#failure !== undefined
   }
 
   /** Calls that have not been answered. */

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { randomFillSync } from 'node:crypto'
-import { cp, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { cp, mkdir, open, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, test } from 'node:test'
 import {
@@ -11,7 +11,7 @@ import {
   sourceOf,
   type TestDisk,
 } from '../../test/kit/backup.ts'
-import { Random, tempDir } from '../../test/kit/index.ts'
+import { must, needsRoot, Random, tempDir } from '../../test/kit/index.ts'
 import { isVarveError } from '../base/index.ts'
 import { CountingDevice, FaultDevice, MemoryDevice, openHostFile } from '../device/index.ts'
 import { checkExtents, RangeSet } from '../extents/index.ts'
@@ -528,6 +528,36 @@ describe('interruption and failure', () => {
     assert.deepEqual(await readdir(dir.file('r/tmp')), [])
     await repository.backup(sourceOf('vm', disk))
     await assertRestores(repository, 'vm', 'latest', disk.bytes)
+  })
+
+  test('a full disk is NO_SPACE; what was there stays sound, and with room it goes on', {
+    skip: needsRoot(),
+  }, async () => {
+    await using dir = await tempDir()
+    const repo = dir.file('r')
+    await mkdir(repo)
+    await must('mount', ['-t', 'tmpfs', '-o', 'size=12M', 'tmpfs', repo])
+    try {
+      await using repository = await createRepository(repo, { packBytes: MIB })
+      const small = { bytes: new Uint8Array(3 * MIB), inUse: RangeSet.of(0, 3 * MIB) }
+      randomFillSync(small.bytes)
+      await repository.backup(sourceOf('small', small))
+      const large = { bytes: new Uint8Array(16 * MIB), inUse: RangeSet.of(0, 16 * MIB) }
+      randomFillSync(large.bytes)
+      await assert.rejects(repository.backup(sourceOf('large', large)), { code: 'NO_SPACE' })
+      assert.deepEqual(
+        (await repository.points()).map(({ disk }) => disk),
+        ['small'],
+      )
+      assert.deepEqual(await readdir(join(repo, 'tmp')), [])
+      assert.deepEqual((await repository.verify()).findings, [])
+      await must('mount', ['-o', 'remount,size=40M', repo])
+      const again = await repository.backup(sourceOf('large', large))
+      assert.ok(again.reusedChunks > 0, 'packs that were complete are used again')
+      await assertRestores(repository, 'large', 'latest', large.bytes)
+    } finally {
+      await must('umount', [repo])
+    }
   })
 
   test('after it is closed a repository refuses, and a point that was opened does not bring it back', async () => {
