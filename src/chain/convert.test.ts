@@ -94,6 +94,32 @@ describe('convertImage() against qemu-img', { skip: needs('qemu-img', 'qemu-io')
     )
   })
 
+  test('what we make, qemu-img calls identical and whole: qcow2, dynamic and fixed VHD', async () => {
+    await using dir = await tempDir()
+    await must('qemu-img', ['create', '-q', '-f', 'raw', dir.file('a.raw'), '21000192'])
+    await must('qemu-io', [
+      '-f',
+      'raw',
+      ...['write -P 1 0 1M', 'write -P 2 3M 70k', 'write -P 3 10000k 5M', 'write -P 4 20999680 512'].flatMap(
+        (command) => ['-c', command],
+      ),
+      dir.file('a.raw'),
+    ])
+    for (const [name, format, settings] of [
+      ['a.qcow2', 'qcow2', {}],
+      ['a.vhd', 'vhd', {}],
+      ['fixed.vhd', 'vhd', { type: 'fixed' }],
+    ] as const) {
+      const result = await convertImage(dir.file('a.raw'), dir.file(name), { format, settings })
+      const theirs = format === 'vhd' ? 'vpc' : format
+      await must('qemu-img', ['compare', '-f', 'raw', '-F', theirs, dir.file('a.raw'), dir.file(name)])
+      if (format === 'qcow2') await must('qemu-img', ['check', dir.file(name)])
+      await convertImage(dir.file(name), dir.file(`${name}.raw`), { format: 'raw' })
+      assert.ok((await readFile(dir.file('a.raw'))).equals(await readFile(dir.file(`${name}.raw`))), name)
+      assert.ok(result.copiedBytes < 7 * MIB, name)
+    }
+  })
+
   test('only what is in use is copied; the rest reads as zeros', async () => {
     await using dir = await tempDir()
     await must('qemu-img', ['create', '-q', '-f', 'qcow2', dir.file('a.qcow2'), '8M'])

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { readdirSync } from 'node:fs'
-import { link, mkdir, readFile, rename, symlink, truncate, writeFile } from 'node:fs/promises'
+import { link, mkdir, readFile, rename, rm, symlink, truncate, writeFile } from 'node:fs/promises'
 import { describe, test } from 'node:test'
 import { must, needs, patternAt, Random, tempDir } from '../../test/kit/index.ts'
 import { makeVhd, RECIPE_UUID, tapLocators, type VhdRecipe } from '../../test/kit/vhd-recipe.ts'
@@ -509,6 +509,31 @@ describe('path policy', hasQemu, () => {
     await qcow2On(dir.file('raw.qcow2'), 'base.qcow2', 'raw')
     await using disk = await openDisk(dir.file('raw.qcow2'))
     assert.equal(disk.layers[1]!.format, 'raw')
+  })
+
+  test('holds for an external data file too', async () => {
+    await using dir = await tempDir()
+    await mkdir(dir.file('in'))
+    await mkdir(dir.file('out'))
+    for (const [data, allowed] of [
+      ['in/data.raw', true],
+      ['out/data.raw', false],
+    ] as const) {
+      const path = dir.file('in/top.qcow2')
+      await must('qemu-img', ['create', '-q', '-f', 'qcow2', '-o', `data_file=${dir.file(data)}`, path, '4M'])
+      await must('qemu-io', ['-c', 'write -P 5 1M 1M', path])
+      if (!allowed) {
+        await refuses('BACKING_DENIED', /data file.*expected it inside/, () => opened(openDisk(path)))
+        await using disk = await openDisk(path, { allowBacking: [dir.file('out')] })
+        assert.equal(disk.size, 4 * MIB)
+        continue
+      }
+      await sameMap(path, 'qcow2')
+      await using disk = await openDisk(path)
+      assert.deepEqual(await readBytes(disk, MIB, MIB), new Uint8Array(MIB).fill(5))
+      await rm(dir.file(data))
+      await refuses('BACKING_MISSING', /data file/, () => opened(openDisk(path)))
+    }
   })
 
   test('a missing one is named', async () => {

@@ -103,7 +103,7 @@ async function openLayer(
     return await format.open(file, {
       signal: options.signal,
       log: options.log,
-      openPart: async (name) => (await openBacking(policy, place, { name })).file,
+      openPart: async (name) => (await openBacking(policy, place, { name }, 'data file')).file,
     })
   } catch (error) {
     await file[Symbol.asyncDispose]()

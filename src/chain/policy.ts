@@ -64,11 +64,12 @@ export async function openBacking(
   policy: PathPolicy,
   image: ImagePlace,
   reference: Pick<BackingReference, 'name' | 'otherNames'>,
+  what: 'backing file' | 'data file' = 'backing file',
 ): Promise<OpenedBacking> {
   const refusals: VarveError[] = []
   for (const name of [reference.name, ...(reference.otherNames ?? [])]) {
     try {
-      return await openNamed(policy, image, name)
+      return await openNamed(policy, image, name, what)
     } catch (error) {
       if (!isVarveError(error, 'BACKING_DENIED', 'BACKING_MISSING', 'UNSUPPORTED')) throw error
       refusals.push(error)
@@ -82,21 +83,22 @@ export async function openBacking(
   throw refusals[0]
 }
 
-async function openNamed(policy: PathPolicy, image: ImagePlace, name: string): Promise<OpenedBacking> {
+async function openNamed(
+  policy: PathPolicy,
+  image: ImagePlace,
+  name: string,
+  what: string,
+): Promise<OpenedBacking> {
   const fields = { image: image.path, backing: name }
   const missing = (cause?: unknown): VarveError =>
-    new VarveError(
-      'BACKING_MISSING',
-      `Cannot open backing file of ${image.path}: found no file ${quote(name)}`,
-      {
-        fields,
-        cause,
-      },
-    )
+    new VarveError('BACKING_MISSING', `Cannot open ${what} of ${image.path}: found no file ${quote(name)}`, {
+      fields,
+      cause,
+    })
   if (name === '' || name.includes('\0')) {
     throw new VarveError(
       'BACKING_DENIED',
-      `Cannot open backing file of ${image.path}: found the name ${quote(name)}`,
+      `Cannot open ${what} of ${image.path}: found the name ${quote(name)}`,
       {
         fields,
       },
@@ -105,7 +107,7 @@ async function openNamed(policy: PathPolicy, image: ImagePlace, name: string): P
   if (hasProtocol(name)) {
     throw new VarveError(
       'UNSUPPORTED',
-      `Cannot open backing file of ${image.path}: found ${quote(name)}, expected a path`,
+      `Cannot open ${what} of ${image.path}: found ${quote(name)}, expected a path`,
       {
         fields,
         hint: 'Backing files that are URIs or pseudo-protocols are not followed; rebase the image on a file.',
@@ -122,20 +124,20 @@ async function openNamed(policy: PathPolicy, image: ImagePlace, name: string): P
       real = await realpath(path)
     } catch (error) {
       // Of what lies outside, not even whether it is there is told.
-      if (!isAllowed(policy, path)) throw denied(policy, image, name, path)
+      if (!isAllowed(policy, path)) throw denied(policy, image, { name, path, what })
       const code = (error as NodeJS.ErrnoException).code
       if (code === 'ENOENT' || code === 'ENOTDIR') continue
       if (code === 'ELOOP' || code === 'ENAMETOOLONG') throw missing(error)
-      throw fromSystem(error, 'open backing file', path)
+      throw fromSystem(error, `open ${what}`, path)
     }
-    if (!isAllowed(policy, real)) throw denied(policy, image, name, real)
+    if (!isAllowed(policy, real)) throw denied(policy, image, { name, path: real, what })
     const stats = await stat(real).catch((error: unknown) => {
-      throw fromSystem(error, 'open backing file', real)
+      throw fromSystem(error, `open ${what}`, real)
     })
     if (!stats.isFile()) {
       throw new VarveError(
         'BACKING_DENIED',
-        `Cannot open backing file of ${image.path}: ${real} is no regular file`,
+        `Cannot open ${what} of ${image.path}: ${real} is no regular file`,
         {
           fields: { ...fields, path: real },
         },
@@ -144,7 +146,7 @@ async function openNamed(policy: PathPolicy, image: ImagePlace, name: string): P
     const file = await openHostFile(real, { noFollow: true })
     if (file.kind !== 'file') {
       await file[Symbol.asyncDispose]()
-      throw denied(policy, image, name, real)
+      throw denied(policy, image, { name, path: real, what })
     }
     return { file, place: { path: real, real } }
   }
@@ -168,10 +170,14 @@ function isInside(folder: string, path: string): boolean {
   return path === folder || path.startsWith(folder.endsWith(sep) ? folder : folder + sep)
 }
 
-function denied(policy: PathPolicy, image: ImagePlace, name: string, path: string): VarveError {
+function denied(
+  policy: PathPolicy,
+  image: ImagePlace,
+  { name, path, what }: { name: string; path: string; what: string },
+): VarveError {
   return new VarveError(
     'BACKING_DENIED',
-    `Cannot open backing file of ${image.path}: found ${quote(name)}, expected it inside ${policy.folders.join(' or ')}`,
+    `Cannot open ${what} of ${image.path}: found ${quote(name)}, expected it inside ${policy.folders.join(' or ')}`,
     {
       fields: { image: image.path, backing: name, path },
       ...(NEVER.some((folder) => isInside(folder, path))
