@@ -3,6 +3,7 @@ import type { Context } from '../base/index.ts'
 import type { CopyResult } from '../chain/index.ts'
 import type { BlockDevice } from '../device/index.ts'
 import { RangeSet } from '../extents/index.ts'
+import type { Region } from '../inuse/index.ts'
 import { type Output, printable } from './output.ts'
 import { formatBytes, formatSeconds } from './units.ts'
 import { usageError } from './verb.ts'
@@ -21,6 +22,8 @@ export interface WrittenImage extends CopyResult {
   readonly format: string
   readonly virtualSize: number
   readonly seconds: number
+  /** Verdicts, where only what is in use was copied. */
+  readonly regions?: readonly Region[]
 }
 
 /** Writes a device that is no chain (a restore point) as the image `path`: whole and durable, or not there. */

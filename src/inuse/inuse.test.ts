@@ -53,6 +53,12 @@ function checkMap(map: InUseMap): void {
   }
   visit(map.regions, 0, map.size)
   assert.equal(map.inUseBytes, map.ranges.size)
+  assert.ok(map.assumed.subtract(map.ranges).isEmpty, 'what is assumed is in use')
+  for (const leaf of leaves) {
+    const assumed = map.assumed.clip(leaf.offset, leaf.offset + leaf.length).size
+    if (leaf.reason) assert.equal(assumed, leaf.length, 'what has a reason is assumed')
+    else if (leaf.trust !== 'assumed') assert.equal(assumed, 0, `${leaf.kind} is vouched for`)
+  }
   assert.equal(
     leaves.reduce((sum, leaf) => sum + leaf.inUseBytes, 0),
     map.inUseBytes,
@@ -176,6 +182,7 @@ describe('mapInUse', () => {
     assert.deepEqual(await mapOf(new Uint8Array(0)), {
       size: 0,
       ranges: RangeSet.empty,
+      assumed: RangeSet.empty,
       regions: [],
       inUseBytes: 0,
     })

@@ -27,12 +27,14 @@ function toMap(size: number, nodes: readonly Node[]): InUseMap {
   const regions = nodes.map((node) => toRegion(node, 0))
   checkRegions(regions, 0, size)
   assert(ranges.isEmpty || (ranges.first! >= 0 && ranges.end! <= size), 'ranges lie inside the disk')
+  const assumed = usedOfAll(nodes, 'assumed')
+  assert(assumed.subtract(ranges).isEmpty, 'what is assumed is in use')
   const inUseBytes = ranges.size
   assert(
     regions.reduce((sum, region) => sum + region.inUseBytes, 0) === inUseBytes,
     'regions add up to the ranges',
   )
-  return { size, ranges, regions, inUseBytes }
+  return { size, ranges, assumed, regions, inUseBytes }
 }
 
 function toRegion(node: Node, base: number): Region {

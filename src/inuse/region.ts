@@ -45,6 +45,8 @@ export interface InUseMap {
   readonly size: number
   /** What is in use; inside `[0, size)`. */
   readonly ranges: RangeSet
+  /** The part of `ranges` that is in use only because nobody could vouch for it (`trust` `assumed`). */
+  readonly assumed: RangeSet
   readonly regions: readonly Region[]
   /** Sum of `ranges`, and of the regions' own. */
   readonly inUseBytes: number

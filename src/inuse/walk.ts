@@ -52,6 +52,9 @@ export type Verdict =
   | { readonly is: 'member'; readonly group: Group; readonly index: number }
   | { readonly is: 'shared'; readonly shared: SharedFileSystem; readonly index: number }
 
+/** Which of a node's ranges: all that is in use, or those among them that nobody vouches for. */
+export type View = 'used' | 'assumed'
+
 /** Devices that together make volumes. `outcome` is set before any range is asked for. */
 export class Group {
   readonly scheme: VolumeScheme
@@ -61,7 +64,7 @@ export class Group {
     | { readonly table: VolumeTable; readonly volumes: readonly (readonly Node[])[] }
     | { readonly refused: Reason }
     | undefined
-  used: readonly RangeSet[] | undefined
+  readonly ranges: Map<View, readonly RangeSet[]> = new Map()
 
   constructor(scheme: VolumeScheme, depth: number) {
     this.scheme = scheme
@@ -316,47 +319,57 @@ export class Walk {
 }
 
 /** The ranges of a node, relative to it. All groups have been opened. */
-export function usedOf(node: Node): RangeSet {
-  let used = USED.get(node)
+export function usedOf(node: Node, view: View = 'used'): RangeSet {
+  let used = RANGES[view].get(node)
   if (!used) {
-    used = computeUsed(node)
-    USED.set(node, used)
+    used = computeUsed(node, view)
+    RANGES[view].set(node, used)
   }
   return used
 }
 
-const USED = new WeakMap<Node, RangeSet>()
+const RANGES: Readonly<Record<View, WeakMap<Node, RangeSet>>> = {
+  used: new WeakMap(),
+  assumed: new WeakMap(),
+}
 
-function computeUsed({ verdict }: Node): RangeSet {
-  if (verdict.is === 'known') return verdict.used
-  if (verdict.is === 'parts') return usedOfAll(verdict.children)
-  if (verdict.is === 'shared') return usedOf(verdict.shared.nodes[verdict.index]!)
-  return usedOfGroup(verdict.group)[verdict.index]!
+function computeUsed({ verdict }: Node, view: View): RangeSet {
+  if (verdict.is === 'known') {
+    return view === 'used' || verdict.trust === 'assumed' ? verdict.used : RangeSet.empty
+  }
+  if (verdict.is === 'parts') return usedOfAll(verdict.children, view)
+  if (verdict.is === 'shared') return usedOf(verdict.shared.nodes[verdict.index]!, view)
+  return usedOfGroup(verdict.group, view)[verdict.index]!
 }
 
 /** The ranges of neighbours, relative to what they cover. */
-export function usedOfAll(nodes: readonly Node[]): RangeSet {
+export function usedOfAll(nodes: readonly Node[], view: View = 'used'): RangeSet {
   const builder = new RangeSetBuilder()
-  for (const node of nodes) builder.addAll(usedOf(node).shift(node.offset))
+  for (const node of nodes) builder.addAll(usedOf(node, view).shift(node.offset))
   return builder.build()
 }
 
-function usedOfGroup(group: Group): readonly RangeSet[] {
-  if (group.used) return group.used
-  const { outcome, members } = group
-  if (!outcome || 'refused' in outcome) {
-    group.used = members.map(({ size }) => RangeSet.of(0, size))
-    return group.used
+function usedOfGroup(group: Group, view: View): readonly RangeSet[] {
+  let ranges = group.ranges.get(view)
+  if (!ranges) {
+    ranges = computeUsedOfGroup(group, view)
+    group.ranges.set(view, ranges)
   }
-  const used = [...outcome.table.metadata]
+  return ranges
+}
+
+function computeUsedOfGroup({ outcome, members }: Group, view: View): readonly RangeSet[] {
+  if (!outcome || 'refused' in outcome) return members.map(({ size }) => RangeSet.of(0, size))
+  // What belongs to the scheme is in use by rule, which is no assumption.
+  const used = view === 'used' ? [...outcome.table.metadata] : members.map(() => RangeSet.empty)
   const add = (more: readonly RangeSet[]): void => {
     assert(more.length === members.length, 'a volume is projected to each member')
     for (const [index, ranges] of more.entries()) used[index] = used[index]!.union(ranges)
   }
   for (const [index, volume] of outcome.table.volumes.entries()) {
-    add(volume.project(usedOfAll(outcome.volumes[index]!)))
+    add(volume.project(usedOfAll(outcome.volumes[index]!, view)))
   }
-  if (outcome.table.unclaimed === 'in-use') {
+  if (view === 'used' && outcome.table.unclaimed === 'in-use') {
     const claimed = members.map(() => RangeSet.empty)
     for (const volume of outcome.table.volumes) {
       for (const [index, ranges] of volume.project(RangeSet.of(0, volume.device.size)).entries()) {
@@ -365,11 +378,10 @@ function usedOfGroup(group: Group): readonly RangeSet[] {
     }
     add(members.map(({ size }, index) => claimed[index]!.complement(0, size)))
   }
-  group.used = members.map(({ size, blockSize }, index) => {
+  return members.map(({ size, blockSize }, index) => {
     assert(isInside(used[index]!, size), 'projected ranges lie inside their member')
     return used[index]!.coarsen(blockSize).clip(0, size)
   })
-  return group.used
 }
 
 function isInside(ranges: RangeSet, size: number): boolean {

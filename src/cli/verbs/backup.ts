@@ -10,14 +10,14 @@ import { RangeSet } from '../../extents/index.ts'
 import type { Region } from '../../inuse/index.ts'
 import { asVarveError, errorDocument } from '../failure.ts'
 import { addImageOptions, defaultDiskName, type ImageOptions, openImage } from '../image.ts'
+import { addInUseOptions, type InUseOptions, verdictLines } from '../map-options.ts'
 import { type Output, printable } from '../output.ts'
 import { progressLine } from '../progress.ts'
-import { takenWhole } from '../regions.ts'
 import { addRepositoryOptions, openRepositoryOf } from '../repository.ts'
 import { count, formatBytes, formatSeconds, formatShare } from '../units.ts'
 import { type Host, helpText, usageError, type Verb } from '../verb.ts'
 
-interface BackupOptions extends ImageOptions {
+interface BackupOptions extends ImageOptions, InUseOptions {
   readonly disk?: string
   readonly allBlocks?: true
   readonly json?: true
@@ -29,7 +29,7 @@ interface BackupDocument extends BackupResult {
 }
 
 export const verb: Verb = (command, host) => {
-  addRepositoryOptions(addImageOptions(command), { required: true })
+  addInUseOptions(addRepositoryOptions(addImageOptions(command), { required: true }))
     .argument('<IMAGE...>', 'images or block devices; nothing may write to them meanwhile')
     .option(
       '--disk <NAME>',
@@ -45,6 +45,7 @@ export const verb: Verb = (command, host) => {
           'backup --disk web01 --json /dev/vg/web01-snapshot --repo /backup/vms',
         ],
         exits: {
+          11: 'a running VM or another program writes to an image',
           3: 'done for some of the images; the output names the others',
           130: 'interrupted; no half point is left, and the next backup works',
         },
@@ -94,6 +95,9 @@ interface Job {
 
 function jobsOf(images: readonly string[], options: BackupOptions): readonly Job[] {
   const { disk } = options
+  if (options.allBlocks && options.skipPageFiles) {
+    throw usageError('Cannot run backup: found --all-blocks and --skip-page-files, expected one of them')
+  }
   if (disk !== undefined && images.length > 1) {
     throw usageError(`Cannot run backup: found --disk with ${images.length} images, expected one image`)
   }
@@ -127,10 +131,15 @@ async function backupOne(
 ): Promise<BackupDocument> {
   const { signal } = host
   const { mapInUse } = await import('../../inuse/index.ts')
-  await using image = await openImage(argument, options, host)
+  await using image = await openImage(argument, options, host, { still: true })
   using line = progressLine(disk)
   const { device } = image
-  const map = await mapInUse(device, { signal, progress: line.listener })
+  const map = await mapInUse(device, {
+    signal,
+    progress: line.listener,
+    audit: options.audit === true,
+    skipPageFiles: options.skipPageFiles === true,
+  })
   const result = await repository.backup(
     {
       disk,
@@ -163,10 +172,6 @@ function textOf(image: string, done: BackupDocument, options: BackupOptions, out
     row('changed', changedBytes, 'in chunks that the latest point of this disk has not'),
     row('stored', storedBytes, `${count(newChunks, 'new chunk')}, ${reusedChunks} reused`),
   ]
-  for (const { region, reason } of takenWhole(done.regions)) {
-    lines.push(
-      `  ${output.style('yellow', 'whole')}    ${formatBytes(region.length).padStart(9)}  ${region.kind} at ${region.offset}: ${printable(reason.text)} (${reason.code})`,
-    )
-  }
+  lines.push(...verdictLines(done.regions, options, output))
   return lines
 }

@@ -1,11 +1,12 @@
 /** varve convert: an image in another format, whole or only what is in use. */
 import type { CopyResult, Disk } from '../../chain/index.ts'
 import { addAnyImageOptions, type ImageOptions, openImage } from '../image.ts'
+import { addInUseOptions, type InUseOptions, refuseInUseOptions, verdictLines } from '../map-options.ts'
 import { progressLine } from '../progress.ts'
 import { type Host, helpText, usageError, type Verb } from '../verb.ts'
 import { collectSettings, type WrittenImage, writePoint, writtenText } from '../write-image.ts'
 
-interface ConvertOptions extends ImageOptions {
+interface ConvertOptions extends ImageOptions, InUseOptions {
   readonly outputFormat: string
   readonly inUse?: true
   readonly allBlocks?: true
@@ -15,7 +16,7 @@ interface ConvertOptions extends ImageOptions {
 }
 
 export const verb: Verb = (command, host) => {
-  addAnyImageOptions(command)
+  addInUseOptions(addAnyImageOptions(command))
     .argument('SRC', 'image, block device or repo:DISK@POINT')
     .argument('DST', 'file to make; a block device needs --force')
     .option('-O, --output-format <FORMAT>', 'format of DST', 'raw')
@@ -32,7 +33,10 @@ export const verb: Verb = (command, host) => {
       'after',
       helpText({
         examples: ['convert web01.vhd web01.qcow2 -O qcow2', 'convert --in-use web01.qcow2 web01.raw'],
-        exits: { 1: 'failed, or DST is there already' },
+        exits: {
+          11: 'a running VM or another program writes to an image',
+          1: 'failed, or DST is there already',
+        },
       }),
     )
     .action((source: string, target: string, options: ConvertOptions) =>
@@ -50,20 +54,25 @@ async function runConvert(
   if (options.inUse && options.allBlocks) {
     throw usageError('Cannot run convert: found --in-use and --all-blocks, expected one of them')
   }
+  if (!options.inUse) refuseInUseOptions('convert', options, '--in-use')
   const started = performance.now()
   const { convertImage } = await import('../../chain/index.ts')
-  await using image = await openImage(source, options, host)
+  await using image = await openImage(source, options, host, { still: true })
   const result = await (async (): Promise<WrittenImage> => {
     using line = progressLine('')
     const context = { signal, progress: line.listener }
-    const inUse = options.inUse
-      ? (await (await import('../../inuse/index.ts')).mapInUse(image.device, context)).ranges
+    const map = options.inUse
+      ? await (await import('../../inuse/index.ts')).mapInUse(image.device, {
+          ...context,
+          audit: options.audit === true,
+          skipPageFiles: options.skipPageFiles === true,
+        })
       : undefined
     const facts = {
       format: options.outputFormat,
       force: options.force,
       settings: options.set,
-      inUse,
+      inUse: map?.ranges,
       ...context,
     }
     const copied: CopyResult = isDisk(image.device)
@@ -77,10 +86,16 @@ async function runConvert(
       zeroBytes: copied.zeroBytes,
       skippedBytes: copied.skippedBytes,
       seconds: (performance.now() - started) / 1000,
+      ...(map ? { regions: map.regions } : {}),
     }
   })()
   if (options.json) await output.document(result)
-  else await output.stream(writtenText(result, source, output))
+  else {
+    await output.stream([
+      ...writtenText(result, source, output),
+      ...verdictLines(result.regions ?? [], options, output),
+    ])
+  }
 }
 
 function isDisk(device: object): device is Disk {

@@ -1,13 +1,16 @@
 /** varve inspect: layers, partition and file system tree, share in use and trust of each region. */
+import { isAbsolute, relative } from 'node:path'
 import type { InUseMap, Region } from '../../inuse/index.ts'
 import { addAnyImageOptions, type Image, type ImageOptions, openImage } from '../image.ts'
+import { addInUseOptions, type InUseOptions, type Totals, totalsOf } from '../map-options.ts'
 import { type Output, printable } from '../output.ts'
 import { regionLines } from '../regions.ts'
 import { table } from '../table.ts'
 import { formatBytes, formatShare } from '../units.ts'
 import { type Host, helpText, type Verb } from '../verb.ts'
 
-interface InspectOptions extends ImageOptions {
+interface InspectOptions extends ImageOptions, InUseOptions {
+  readonly together?: true
   readonly json?: true
 }
 
@@ -28,31 +31,59 @@ interface InspectDocument {
   readonly regions: readonly Region[]
   readonly inUseBytes: number
   readonly virtualSize: number
+  readonly totals: Totals
 }
 
 export const verb: Verb = (command, host) => {
-  addAnyImageOptions(command)
-    .argument('<IMAGE...>', 'images, block devices or repo:DISK@POINT')
-    .option('--json', 'one JSON object; an array of them for several images')
-    .addHelpText('after', helpText({ examples: ['inspect web01.qcow2', 'inspect --json *.vhd'] }))
+  addInUseOptions(
+    addAnyImageOptions(command)
+      .argument('<IMAGE...>', 'images, block devices or repo:DISK@POINT')
+      .option(
+        '--together',
+        'the images are disks of one machine: volume groups, arrays and file systems spread over them',
+      ),
+  )
+    .option('--json', 'one JSON object; an array of them for several images, and with --together')
+    .addHelpText(
+      'after',
+      helpText({
+        examples: [
+          'inspect web01.qcow2',
+          'inspect --json *.vhd',
+          'inspect --together disk1.qcow2 disk2.qcow2',
+        ],
+      }),
+    )
     .action((images: readonly string[], options: InspectOptions) => runInspect(images, options, host))
 }
 
 async function runInspect(images: readonly string[], options: InspectOptions, host: Host): Promise<void> {
   const { output, signal } = host
-  const { mapInUse } = await import('../../inuse/index.ts')
+  const { mapInUseTogether } = await import('../../inuse/index.ts')
+  const asked = {
+    signal,
+    audit: options.audit === true,
+    skipPageFiles: options.skipPageFiles === true,
+  }
   const documents: InspectDocument[] = []
-  for (const [index, argument] of images.entries()) {
-    await using image = await openImage(argument, options, host)
-    const map = await mapInUse(image.device, { signal })
-    if (options.json) {
-      documents.push(documentOf(image, map))
-    } else {
-      if (index > 0) await output.lines('')
-      await output.stream(textOf(image, map, output))
+  // Alone, each is closed before the next one is opened.
+  for (const paths of options.together ? [images] : images.map((path) => [path])) {
+    await using stack = new AsyncDisposableStack()
+    const opened: Image[] = []
+    for (const path of paths) opened.push(stack.use(await openImage(path, options, host)))
+    const maps = await mapInUseTogether(
+      opened.map(({ device }) => device),
+      asked,
+    )
+    for (const [index, image] of opened.entries()) {
+      documents.push(documentOf(image, maps[index]!))
+      if (options.json) continue
+      if (documents.length > 1) await output.lines('')
+      await output.stream(textOf(image, maps[index]!, output))
     }
   }
-  if (options.json) await output.document(images.length === 1 ? documents[0] : documents)
+  if (!options.json) return
+  await output.document(images.length === 1 && !options.together ? documents[0] : documents)
 }
 
 function documentOf(image: Image, map: InUseMap): InspectDocument {
@@ -72,6 +103,7 @@ function documentOf(image: Image, map: InUseMap): InspectDocument {
     regions: map.regions,
     inUseBytes: map.inUseBytes,
     virtualSize: image.device.size,
+    totals: totalsOf(map),
   }
 }
 
@@ -92,7 +124,7 @@ function textOf(image: Image, map: InUseMap, output: Output): string[] {
         { title: '' },
       ],
       image.layers.map((layer) => [
-        printable(layer.path),
+        printable(shortPath(layer.path)),
         layer.format,
         formatBytes(layer.virtualSize),
         formatBytes(layer.allocatedBytes),
@@ -102,8 +134,22 @@ function textOf(image: Image, map: InUseMap, output: Output): string[] {
     ),
     '',
     ...regionLines(map.regions, output),
+    '',
+    totalLine(totalsOf(map), total, output),
   ]
   return lines
+}
+
+function totalLine({ inUseBytes, freeBytes, assumedBytes }: Totals, total: number, output: Output): string {
+  const assumed =
+    assumedBytes > 0
+      ? output.style('yellow', `${formatBytes(assumedBytes)} of that assumed`)
+      : 'nothing of that assumed'
+  return [
+    `${formatBytes(inUseBytes)} in use (${formatShare(inUseBytes, total)})`,
+    assumed,
+    `${formatBytes(freeBytes)} free (${formatShare(freeBytes, total)})`,
+  ].join(' · ')
 }
 
 function factsOf(facts: Readonly<Record<string, string | number | boolean>>): string {
@@ -116,6 +162,12 @@ function factsOf(facts: Readonly<Record<string, string | number | boolean>>): st
         : `${words(name)} ${printable(String(value))}`
     })
     .join(', ')
+}
+
+/** Relative to the current folder where the file is inside it. */
+function shortPath(path: string): string {
+  const short = relative(process.cwd(), path)
+  return isAbsolute(path) && !short.startsWith('..') ? short : path
 }
 
 /** `compressionType` -> `compression type` */
