@@ -16,7 +16,7 @@ import {
   rmSync,
   statSync,
 } from 'node:fs'
-import { writeFile } from 'node:fs/promises'
+import { readFile, truncate, writeFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import { gunzipSync } from 'node:zlib'
 import { needs, run, tempDir } from '../kit/index.ts'
@@ -59,7 +59,11 @@ export async function runGuest(job: GuestJob): Promise<GuestResult> {
   await using dir = await tempDir()
   const initrd = dir.file('initrd')
   await writeFile(initrd, buildInitramfs(job, kernel))
-  const drives = (job.disks ?? []).flatMap(({ path, readOnly }) => [
+  // What the script prints comes back on a disk of its own: a serial line loses characters on a busy machine.
+  const output = dir.file('output')
+  await writeFile(output, '')
+  await truncate(output, OUTPUT_BYTES)
+  const drives = [...(job.disks ?? []), { path: output, readOnly: false }].flatMap(({ path, readOnly }) => [
     '-drive',
     `file=${path},format=raw,if=virtio,cache=unsafe${readOnly ? ',readonly=on' : ''}`,
   ])
@@ -82,15 +86,23 @@ export async function runGuest(job: GuestJob): Promise<GuestResult> {
     ...['-kernel', kernel.image, '-initrd', initrd, '-append', 'console=ttyS0 quiet panic=-1 loglevel=3'],
     ...drives,
   ])
-  const text = result.stdout.toString().replaceAll('\r', '')
-  const end = text.match(/^RIG exit (\d+)$/m)
-  if (!end)
+  const bytes = await readFile(output)
+  const head = bytes
+    .subarray(0, 64)
+    .toString('latin1')
+    .match(/^RIG (\d+) (\d+)\n/)
+  if (!head) {
     throw new Error(
-      `the guest did not finish (qemu exit ${result.code}):\n${text.slice(-4000)}\n${result.stderr.slice(-1000)}`,
+      `the guest did not finish (qemu exit ${result.code}):\n${result.stdout.toString().slice(-4000)}\n${result.stderr}`,
     )
-  const from = text.indexOf('RIG start\n')
-  return { code: Number(end[1]), output: text.slice(from < 0 ? 0 : from + 10, end.index) }
+  }
+  return {
+    code: Number(head[1]),
+    output: bytes.subarray(head[0].length, head[0].length + Number(head[2])).toString(),
+  }
 }
+
+const OUTPUT_BYTES = 16 << 20
 
 interface Kernel {
   readonly image: string
@@ -134,9 +146,8 @@ $b mkdir -p /dev/pts /dev/shm /run /tmp /mnt; $b mount -t tmpfs tmp /tmp; $b mou
 $b --install -s /bin
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp LANG=C.UTF-8 DM_DISABLE_UDEV=1
 while read -r m; do insmod "/mod/$m" || echo "insmod failed: $m"; done < /mod/order
-echo "RIG start"
-sh /job </dev/null 2>&1; rc=$?
-sync; echo "RIG exit $rc"; poweroff -f
+sh /job </dev/null >/tmp/out 2>&1; rc=$?
+sync; { printf 'RIG %d %d\\n' $rc $(wc -c </tmp/out); cat /tmp/out; } >/dev/RESULT; sync; poweroff -f
 `
 
 function buildInitramfs(job: GuestJob, kernel: Kernel): Uint8Array {
@@ -157,7 +168,11 @@ function buildInitramfs(job: GuestJob, kernel: Kernel): Uint8Array {
     'mnt',
   ])
     archive.folder(folder)
-  archive.file('init', Buffer.from(INIT), 0o755)
+  archive.file(
+    'init',
+    Buffer.from(INIT.replace('RESULT', `vd${String.fromCharCode(97 + (job.disks?.length ?? 0))}`)),
+    0o755,
+  )
   archive.file('bin/busybox', readFileSync(kernel.busybox), 0o755)
   archive.file('bin/sh', readFileSync(kernel.busybox), 0o755)
   const functions: string[] = []
