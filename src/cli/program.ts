@@ -38,6 +38,11 @@ export const VERBS: readonly VerbEntry[] = [
     summary: "check an image's structure",
     load: () => import('./verbs/check.ts'),
   },
+  {
+    name: 'bitmap',
+    summary: 'dirty bitmaps: list them, judge them, plan for them',
+    load: () => import('./verbs/bitmap.ts'),
+  },
   { name: 'init', summary: 'make a repository', load: () => import('./verbs/init.ts') },
   {
     name: 'backup',

@@ -8,6 +8,7 @@ import { rawFormat } from './raw/index.ts'
 import { vhdFormat } from './vhd/index.ts'
 
 export * from './image-format.ts'
+export { readBitmapBits, readBitmaps, type StoredBitmap, type StoredBitmaps } from './qcow2/index.ts'
 
 /** In the order of probing; raw, which has no magic, is last. */
 export const FORMATS: readonly ImageFormat[] = [qcow2Format, vhdFormat, rawFormat]

@@ -2,6 +2,7 @@
 export * from './copy-range.ts'
 export * from './fiemap.ts'
 export * from './host-file.ts'
+export * from './image-writer.ts'
 export * from './locks.ts'
 export * from './open-host-file.ts'
 export * from './sync-folder.ts'

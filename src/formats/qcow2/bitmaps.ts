@@ -111,14 +111,13 @@ export async function readBitmaps(file: BlockDevice, signal?: AbortSignal): Prom
     return refuse(reasonOf(error))
   }
   const bytes = await readBytes(file, directoryOffset, directoryBytes, signal)
-  return { header, state, ...decodeDirectory(bytes, nbBitmaps, header, file.size) }
+  return { header, state, ...decodeDirectory(bytes, nbBitmaps, header) }
 }
 
 function decodeDirectory(
   directory: Uint8Array,
   nbBitmaps: number,
   header: Header,
-  fileBytes: number,
 ): Pick<StoredBitmaps, 'bitmaps' | 'problem'> {
   const from = new Bytes(directory, 'big', 'qcow2 bitmap directory')
   const bitmaps: StoredBitmap[] = []
@@ -162,7 +161,6 @@ function decodeDirectory(
   if (at !== directory.length) {
     return { bitmaps, problem: `${directory.length - at} bytes are left behind its ${nbBitmaps} entries` }
   }
-  void fileBytes
   return { bitmaps, problem: undefined }
 }
 
@@ -189,7 +187,7 @@ function problemOf(entry: Omit<StoredBitmap, 'problem'>, header: Header): string
   if (
     tableSize === 0 ||
     tableSize > MAX_TABLE_ENTRIES ||
-    tableSize * clusterBytes > MAX_BITMAP_BYTES + clusterBytes
+    tableSize * clusterBytes > Math.max(MAX_BITMAP_BYTES, clusterBytes)
   ) {
     return `a table of ${tableSize} entries`
   }

@@ -13,6 +13,12 @@ import { isQcow2 } from './layout.ts'
 import { Qcow2Layer } from './qcow2-layer.ts'
 import { Qcow2Writer } from './qcow2-writer.ts'
 
+export {
+  readBitmapBits,
+  readBitmaps,
+  type StoredBitmap,
+  type StoredBitmaps,
+} from './bitmaps.ts'
 export { repairImage } from './check.ts'
 export type { Qcow2Settings } from './create.ts'
 export type { Snapshot } from './layout.ts'

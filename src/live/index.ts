@@ -1,0 +1,2 @@
+/** Rank 7: running VMs: the QMP client. */
+export * from './qmp.ts'
