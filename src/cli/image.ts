@@ -1,9 +1,10 @@
 /** The IMAGE argument: a path, or `repo:DISK@POINT`. Opens it, and says what it is in one shape for all verbs. */
 import { basename, extname } from 'node:path'
 import type { Command } from 'commander'
-import { throwIfAborted, VarveError } from '../base/index.ts'
+import { isVarveError, throwIfAborted, VarveError } from '../base/index.ts'
 import type { MapEntry } from '../chain/index.ts'
-import { allExtents, type BlockDevice } from '../device/index.ts'
+import { allExtents, type BlockDevice, lockImage, openHostFile } from '../device/index.ts'
+import { printable } from './output.ts'
 import {
   addRepositoryOptions,
   openRepositoryOf,
@@ -52,8 +53,21 @@ export interface Image extends AsyncDisposable {
   entries(): AsyncIterable<MapEntry>
 }
 
-/** @throws USAGE for an argument of the wrong form, and whatever opening throws */
-export async function openImage(argument: string, options: ImageOptions, host: Host): Promise<Image> {
+export interface OpenImageOptions {
+  /**
+   * The image must stand still (what is read will be kept): one that another program writes to is LOCKED, and
+   * nobody can begin to while it is open. Default: that is only noted on stderr.
+   */
+  readonly still?: boolean
+}
+
+/** @throws USAGE for an argument of the wrong form, LOCKED with `still`, and whatever opening throws */
+export async function openImage(
+  argument: string,
+  options: ImageOptions,
+  host: Host,
+  { still = false }: OpenImageOptions = {},
+): Promise<Image> {
   throwIfAborted(host.signal)
   if (argument.startsWith('repo:')) return openPointImage(argument, options, host)
   if (/^nbd(\+unix|s)?:\/\//.test(argument)) {
@@ -65,11 +79,16 @@ export async function openImage(argument: string, options: ImageOptions, host: H
   }
   const { mapEntries, openDisk } = await import('../chain/index.ts')
   const { signal } = host
-  const disk = await openDisk(argument, {
-    format: options.format,
-    allowBacking: options.allowBacking,
-    signal,
-  })
+  await using stack = new AsyncDisposableStack()
+  // The top before it is opened: what is read of it must be true as long as it is open.
+  const locks = new Locks(still, host)
+  stack.use(locks)
+  await locks.add(argument)
+  const disk = stack.use(
+    await openDisk(argument, { format: options.format, allowBacking: options.allowBacking, signal }),
+  )
+  for (const { path, depth } of disk.layers) if (depth > 0) await locks.add(path)
+  const owned = stack.move()
   return {
     path: argument,
     format: disk.layers[0]!.format,
@@ -77,7 +96,43 @@ export async function openImage(argument: string, options: ImageOptions, host: H
     layers: disk.layers,
     diskName: defaultDiskName(argument),
     entries: () => mapEntries(disk, { signal }),
-    [Symbol.asyncDispose]: () => disk[Symbol.asyncDispose](),
+    [Symbol.asyncDispose]: () => owned.disposeAsync(),
+  }
+}
+
+/** Holds image files against writers by QEMU's locks, each by an opening of its own. */
+class Locks implements AsyncDisposable {
+  readonly #still: boolean
+  readonly #host: Host
+  readonly #files = new AsyncDisposableStack()
+
+  constructor(still: boolean, host: Host) {
+    this.#still = still
+    this.#host = host
+  }
+
+  async add(path: string): Promise<void> {
+    const file = this.#files.use(await openHostFile(path))
+    try {
+      lockImage(file, { write: false })
+    } catch (error) {
+      if (!isVarveError(error, 'LOCKED')) throw error
+      if (this.#still) {
+        throw new VarveError('LOCKED', error.message, {
+          cause: error,
+          fields: error.fields,
+          hint: "Take a snapshot of the running VM's disk and give that, or shut the VM down.",
+        })
+      }
+      const { output } = this.#host
+      output.note(
+        `${output.styleError('yellow', 'varve:')} ${printable(path)} is being written to by another program, perhaps a running VM; what is said about it may be old already`,
+      )
+    }
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#files.disposeAsync()
   }
 }
 

@@ -26,7 +26,10 @@ export const verb: Verb = (command, host) => {
           'verify --repo /backup/vms',
           'verify web01@latest --against web01.qcow2 --repo /backup/vms',
         ],
-        exits: { 12: 'something is damaged, or the image differs; the output names it' },
+        exits: {
+          11: 'a running VM or another program writes to the image',
+          12: 'something is damaged, or the image differs; the output names it',
+        },
       }),
     )
     .action((target: string | undefined, options: VerifyVerbOptions) => runVerify(target, options, host))
@@ -103,7 +106,7 @@ async function compare(
   const { output, signal } = host
   const name = parsePointName(target)
   const { mapInUse } = await import('../../inuse/index.ts')
-  await using image = await openImage(against, options, host)
+  await using image = await openImage(against, options, host, { still: true })
   const result = await (async () => {
     using line = progressLine(name.disk)
     // A point that kept every block is compared in every block.
