@@ -480,7 +480,7 @@ async function makePlan(
         ...activewrite,
       })
     }
-    case 'pull':
+    default:
       return changes.planPull(
         nodeChain(report, options),
         options.baseNode === undefined ? {} : { base: options.baseNode },
