@@ -58,10 +58,11 @@ export async function promptPassword(
 async function readHidden(prompt: string, signal: AbortSignal): Promise<string> {
   throwIfAborted(signal)
   const { stdin, stderr } = process
-  stderr.write(prompt)
+  // The echo goes before the prompt comes: who types at once is not shown either.
   stdin.setRawMode(true)
-  stdin.setEncoding('utf8')
   try {
+    stdin.setEncoding('utf8')
+    stderr.write(prompt)
     return await new Promise<string>((resolve, reject) => {
       let line = ''
       const stop = (): void => {
