@@ -68,6 +68,9 @@ export class Engine {
   readonly #onPack: (pack: DurablePack) => void
   readonly #batches = new Map<number, { buffer: ArrayBuffer; ids: Uint8Array }>()
   #pack: PackWriter | undefined
+  readonly #blocks: Uint8Array[] = []
+  /** Buffers for what decoding reads, one for each call under way. */
+  readonly #scratch: Uint8Array[] = []
   /** Calls of `store` one after another: they share the open pack. */
   #storing: Promise<unknown> = Promise.resolve()
   readonly #finishing = new Set<Promise<void>>()
@@ -165,7 +168,10 @@ export class Engine {
   }): Promise<{ buffer: ArrayBuffer }> {
     const { place, first, end } = request
     const into = new Uint8Array(request.buffer, 0, request.length)
-    await readFrames(this.#store, this.#keys, place, first, end, into)
+    // The largest chunk is one of raw frames, each with its check or tag.
+    const scratch = this.#scratch.pop() ?? new Uint8Array(this.#setup.chunkBytes + place.frames.length * 16)
+    await readFrames(this.#store, this.#keys, place, first, end, into, scratch)
+    this.#scratch.push(scratch)
     const whole = first === 0 && end === place.frames.length
     // The tags of sealed frames vouch for the content; a bare CRC is not enough where the whole can be checked.
     if (whole && this.#keys.sealing === 'none' && !equalBytes(this.#keys.chunkId(into), place.id)) {
@@ -190,7 +196,7 @@ export class Engine {
 
   async #openPack(): Promise<PackWriter> {
     if (this.#failure) throw this.#failure.error
-    this.#pack ??= await PackWriter.create(this.#store, this.#keys, 'data')
+    this.#pack ??= await PackWriter.create(this.#store, this.#keys, 'data', this.#blocks)
     return this.#pack
   }
 

@@ -300,10 +300,12 @@ function setNonce(nonce: Buffer, purpose: number, at: number): void {
  * Gives the memory of a large result back at once. Left to the collector, hundreds of MiB of dead buffers pile up
  * before it runs, because the objects that own them are small. Nobody may use `bytes` afterwards.
  */
-export function release(bytes: Uint8Array): void {
+function release(bytes: Uint8Array): void {
   const { buffer } = bytes
-  // Smaller ones may share Node's pool, which cannot be taken apart.
-  if (buffer instanceof ArrayBuffer && buffer.byteLength >= 2 * Buffer.poolSize) buffer.transfer(0)
+  if (!(buffer instanceof ArrayBuffer)) return
+  // Node's pool, of which small results may be a part, cannot be taken apart.
+  const isOwn = bytes.byteLength === buffer.byteLength || buffer.byteLength >= 2 * Buffer.poolSize
+  if (isOwn && buffer.byteLength >= 4096) buffer.transfer(0)
 }
 
 /** zstd level 3. The size is told beforehand: it stands in the frame and suits the tables to it. */

@@ -1,6 +1,6 @@
 /** Reads packs: the trailer, objects by their place, and everything for `verify`. */
 import { crc32, VarveError, within } from '../base/index.ts'
-import { equalBytes, FrameCodec, mac, openSection, type RepositoryKeys, release } from './keys.ts'
+import { equalBytes, FrameCodec, mac, openSection, type RepositoryKeys } from './keys.ts'
 import {
   CRC_SPAN,
   corrupt,
@@ -89,7 +89,10 @@ export interface ObjectPlace {
   readonly plainLength: number
 }
 
-/** Content of the frames `[first, end)` of an object into `into`. @throws NOT_FOUND, CORRUPT */
+/**
+ * Content of the frames `[first, end)` of an object into `into`. `scratch` is a buffer for the stored bytes; one is
+ * made when it is too small or not given. @throws NOT_FOUND, CORRUPT
+ */
 export async function readFrames(
   store: BlobStore,
   keys: RepositoryKeys,
@@ -97,13 +100,14 @@ export async function readFrames(
   first: number,
   end: number,
   into: Uint8Array,
+  scratch?: Uint8Array,
 ): Promise<void> {
   const path = packPath(place.kind, place.pack)
   const from = place.offset + storedBytes(place.frames.slice(0, first))
-  const stored = new Uint8Array(storedBytes(place.frames.slice(first, end)))
-  if (stored.length > 0) await store.read(path, from, stored)
+  const length = storedBytes(place.frames.slice(first, end))
+  const stored = scratch && scratch.length >= length ? scratch.subarray(0, length) : new Uint8Array(length)
+  if (length > 0) await store.read(path, from, stored)
   decodeFrames(new FrameCodec(keys, place.pack), place, first, end, stored, from, into)
-  release(stored)
 }
 
 function decodeFrames(

@@ -38,8 +38,9 @@ export class PackWriter {
   readonly #blob: BlobWriter
   readonly #objects: PackObject[] = []
   readonly #crcs: number[] = []
-  readonly #spare: Uint8Array[] = []
-  #block: Uint8Array = new Uint8Array(CRC_SPAN)
+  /** Blocks to write to; shared by the packs of one thread, so that they are made once. */
+  readonly #blocks: Uint8Array[]
+  #block: Uint8Array
   #filled = 0
   /** Bytes so far, those in the block included. */
   #length = 0
@@ -47,23 +48,35 @@ export class PackWriter {
   #tail: Promise<void> = Promise.resolve()
   #failure: { error: unknown } | undefined
 
-  private constructor(identity: PackIdentity, keys: RepositoryKeys, blob: BlobWriter, name: string) {
-    this.name = name
+  private constructor(
+    identity: PackIdentity,
+    keys: RepositoryKeys,
+    blob: BlobWriter,
+    how: { readonly name: string; readonly blocks: Uint8Array[] },
+  ) {
+    this.name = how.name
+    this.#blocks = how.blocks
+    this.#block = how.blocks.pop() ?? new Uint8Array(CRC_SPAN)
     this.kind = identity.kind
     this.#identity = identity
     this.#keys = keys
-    this.#codec = new FrameCodec(keys, name)
+    this.#codec = new FrameCodec(keys, how.name)
     this.#blob = blob
     this.#put(encodePackHeader(identity))
   }
 
-  static async create(store: BlobStore, keys: RepositoryKeys, kind: PackKind): Promise<PackWriter> {
+  static async create(
+    store: BlobStore,
+    keys: RepositoryKeys,
+    kind: PackKind,
+    blocks: Uint8Array[] = [],
+  ): Promise<PackWriter> {
     const name = randomBytes(NAME_BYTES)
     const hex = name.toString('hex')
     const blob = await store.create(packPath(kind, hex))
     crashPoint('pack-created')
     const identity = { kind, sealing: keys.sealing, repository: keys.repository, name }
-    return new PackWriter(identity, keys, blob, hex)
+    return new PackWriter(identity, keys, blob, { name: hex, blocks })
   }
 
   get length(): number {
@@ -125,7 +138,10 @@ export class PackWriter {
     )
     await this.#tail
     if (this.#failure) throw this.#failure.error
-    await this.#blob.write(Buffer.concat([this.#block.subarray(0, this.#filled), crcs, footer]))
+    await this.#blob.write(this.#block.subarray(0, this.#filled))
+    await this.#blob.write(Buffer.concat([crcs, footer]))
+    this.#blocks.push(this.#block)
+    this.#filled = 0
     crashPoint('pack-written')
     await this.#blob.sync()
     crashPoint('pack-synced')
@@ -164,9 +180,9 @@ export class PackWriter {
         this.#failure ??= { error }
       }
       this.#waiting--
-      this.#spare.push(block)
+      this.#blocks.push(block)
     })
-    this.#block = this.#spare.pop() ?? new Uint8Array(CRC_SPAN)
+    this.#block = this.#blocks.pop() ?? new Uint8Array(CRC_SPAN)
     this.#filled = 0
   }
 }
