@@ -304,9 +304,11 @@ function release(bytes: Uint8Array): void {
   const { buffer } = bytes
   if (!(buffer instanceof ArrayBuffer)) return
   // Node's pool, of which small results may be a part, cannot be taken apart.
-  const isOwn = bytes.byteLength === buffer.byteLength || buffer.byteLength >= 2 * Buffer.poolSize
+  const isOwn = bytes.byteLength === buffer.byteLength || buffer.byteLength > POOL_BYTES
   if (isOwn && buffer.byteLength >= 4096) buffer.transfer(0)
 }
+
+const POOL_BYTES = Buffer.allocUnsafe(8).buffer.byteLength
 
 /** zstd level 3. The size is told beforehand: it stands in the frame and suits the tables to it. */
 export function compress(content: Uint8Array): Uint8Array {
