@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { copyFile, open, readdir, readFile, stat, truncate, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { describe, test } from 'node:test'
-import { must, needs, tempDir } from '../kit/index.ts'
+import { must, needs, needsRoot, tempDir } from '../kit/index.ts'
 import { EXAMPLES, fails, GOLDEN, ok, okJson, varve } from './varve.ts'
 
 const MONDAY = join(EXAMPLES, 'monday.qcow2')
@@ -205,6 +205,39 @@ describe('the repository verbs', () => {
     await fails([...against, dir.file('source.raw')], { code: 'MISMATCH', exit: 12 }, { json: false })
     await ok(['backup', source, '--disk', 'in-use', ...repo])
     await ok(['verify', 'in-use@latest', '--against', dir.file('source.raw'), ...repo])
+  })
+
+  test('restore onto a block device asks for --force, and leaves nothing of what stood there', {
+    skip: needsRoot() || needs('losetup'),
+  }, async () => {
+    await using dir = await tempDir()
+    const repo = ['--repo', dir.file('repo')]
+    const source = join(GOLDEN, 'disk-gpt-ext4-fat-swap.qcow2')
+    await ok(['init', dir.file('repo')])
+    await ok(['backup', source, '--disk', 'd', ...repo])
+    await ok(['convert', '--in-use', source, dir.file('used.raw')])
+    await writeFile(dir.file('disk'), Buffer.alloc(48 * MIB, 0xa5))
+    await writeFile(dir.file('small'), Buffer.alloc(8 * MIB))
+    const loops: string[] = []
+    try {
+      for (const name of ['disk', 'small']) {
+        loops.push((await must('losetup', ['-f', '--show', dir.file(name)])).trim())
+      }
+      const [disk, small] = loops as [string, string]
+      await fails(['restore', 'd', disk, ...repo], { code: 'EXISTS', exit: 1 })
+      await fails(['restore', 'd', disk, '--force', '-O', 'qcow2', ...repo], {
+        code: 'UNSUPPORTED',
+        exit: 13,
+      })
+      await fails(['restore', 'd', small, '--force', ...repo], { code: 'NO_SPACE', exit: 1 })
+      await ok(['restore', 'd', disk, '--force', ...repo])
+      await must('cmp', [dir.file('used.raw'), disk])
+      await ok(['verify', 'd@latest', '--against', disk, ...repo])
+      await ok(['convert', '--in-use', source, disk, '--force'])
+      await must('cmp', [dir.file('used.raw'), disk])
+    } finally {
+      for (const loop of loops) await must('losetup', ['-d', loop])
+    }
   })
 
   test('of several images, one that fails does not stop the others: exit 3', async () => {

@@ -66,8 +66,8 @@ export const verb: Verb = (command, host) => {
 async function runMap(paths: readonly string[], options: MapOptions, host: Host): Promise<void> {
   const { output, signal } = host
   const { picture, svg, together } = options
-  const wantsInUse = options.inUse || together || picture || svg !== undefined
-  checkOptions(paths, options, wantsInUse === true)
+  const wantsInUse = Boolean(options.inUse || together || picture || svg !== undefined)
+  checkOptions(paths, options, wantsInUse)
 
   await using stack = new AsyncDisposableStack()
   const images: Image[] = []
@@ -107,13 +107,7 @@ async function runMap(paths: readonly string[], options: MapOptions, host: Host)
     } else {
       if (index > 0) await output.lines('')
       if (together) await output.lines(output.style('bold', printable(image.path)))
-      await printRows(
-        await Array.fromAsync(rowsOf(image, map, options)),
-        image,
-        wantsInUse === true,
-        options,
-        output,
-      )
+      await printRows(await Array.fromAsync(rowsOf(image, map, options)), image, wantsInUse, options, output)
     }
   }
 }
