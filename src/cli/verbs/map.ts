@@ -66,7 +66,7 @@ export const verb: Verb = (command, host) => {
 async function runMap(paths: readonly string[], options: MapOptions, host: Host): Promise<void> {
   const { output, signal } = host
   const { picture, svg, together } = options
-  const wantsInUse = Boolean(options.inUse || together || picture || svg !== undefined)
+  const wantsInUse = options.inUse || together || picture || svg !== undefined
   checkOptions(paths, options, wantsInUse)
 
   await using stack = new AsyncDisposableStack()
