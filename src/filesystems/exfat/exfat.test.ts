@@ -194,8 +194,39 @@ describe('exFAT', {
       for (const { start, end } of free) volume.bytes.fill(0xa5, start, end)
       await writeFile(image, volume.bytes)
       await must('fsck.exfat', ['-n', image])
+      // The bitmap and the entries of directories, each from its own side.
+      const owned = await system.audit!({})
+      const heap = RangeSet.of(volume.heap, volume.at(volume.clusters + 2))
+      assert.ok(owned.equals(map.ranges.intersect(heap)), `seed ${random.seed}: ${String(owned)}`)
     })
   }
+
+  test('audit: an owned cluster that the bitmap calls free is found; a run out of the volume is refused', async () => {
+    const volume = await format(8192 * KIB, ['-c', '4K'])
+    const { bytes, view } = volume
+    const content = addFiles(volume, new Random(5))
+    const cluster = (content.first! - volume.heap) / volume.clusterBytes
+    bytes[volume.bitmap + Math.floor(cluster / 8)]! &= ~(1 << (cluster % 8))
+    const { system, map } = await usedOf(bytes)
+    const missing = (await system.audit!({})).subtract(map.ranges)
+    assert.equal(String(missing), String(RangeSet.of(content.first!, content.first! + volume.clusterBytes)))
+    const stream = volume.entry(0xc0)
+    for (const [at, value] of [
+      [20, 1],
+      [20, 0xfffffff0],
+      [24, 0xffffffff],
+      [28, 0xffffffff],
+    ] as const) {
+      const before = view.getUint32(stream + at, true)
+      const flags = bytes[stream + 1]!
+      bytes[stream + 1] = 3
+      view.setUint32(stream + at, value, true)
+      await assert.rejects((await usedOf(bytes)).system.audit!({}), (error) => error instanceof VarveError)
+      view.setUint32(stream + at, before, true)
+      bytes[stream + 1] = flags
+    }
+    assert.equal((await system.audit!({})).subtract(map.ranges).size, volume.clusterBytes)
+  })
 
   test('a dirty volume keeps its map and says so', async () => {
     const volume = await format(8192 * KIB, [])

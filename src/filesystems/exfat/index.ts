@@ -10,6 +10,7 @@ import { type Context, LIMITS, NotTrusted, within } from '../../base/index.ts'
 import { type BlockDevice, readBytes } from '../../device/index.ts'
 import { Bitmap, RangeSet, RangeSetBuilder } from '../../extents/index.ts'
 import type { FileSystem, FileSystemType, UsedMap } from '../file-system.ts'
+import { auditExfat } from './audit.ts'
 import {
   BOOT_REGION_SECTORS,
   BOOT_SECTOR_BYTES,
@@ -47,6 +48,7 @@ export const exfat: FileSystemType = {
       size: boot.volumeBytes,
       blockBytes: boot.clusterBytes,
       used: (inner) => usedClusters(device, boot, root, inner),
+      audit: (inner) => auditExfat(device, boot, inner),
     }
   },
 }

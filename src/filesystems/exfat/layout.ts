@@ -124,3 +124,44 @@ export function decodeRootEntry(raw: Uint8Array): RootEntry {
       return { is: 'other' }
   }
 }
+
+/** What an entry of a directory owns. */
+export interface OwningEntry {
+  readonly firstCluster: number
+  readonly bytes: number
+  /** The clusters follow each other and the FAT says nothing about them. */
+  readonly isRun: boolean
+  readonly isDirectory: boolean
+}
+
+const IN_USE = 0x80
+const SECONDARY = 0x40
+const TYPE_BITMAP = 0x81
+const TYPE_UPCASE = 0x82
+const TYPE_FILE = 0x85
+const TYPE_STREAM = 0xc0
+
+/** Reads a directory entry by entry; a file's own entry and its stream may stand in different pieces. */
+export class DirectoryReader {
+  #isDirectory = false
+
+  /** undefined: owns nothing; `end`: no entry follows. */
+  next(raw: Uint8Array): OwningEntry | 'end' | undefined {
+    const bytes = new Bytes(raw, 'little', 'exFAT directory entry')
+    const type = bytes.u8(0)
+    if (type === 0) return 'end'
+    if ((type & IN_USE) === 0) return undefined
+    if (type === TYPE_FILE) this.#isDirectory = (bytes.u16(4) & 0x10) !== 0
+    const always = type === TYPE_BITMAP || type === TYPE_UPCASE
+    // Every secondary entry says by its flags whether it owns clusters: streams, and what vendors add.
+    if (!always && ((type & SECONDARY) === 0 || (bytes.u8(1) & 1) === 0)) return undefined
+    const firstCluster = bytes.u32(20)
+    if (firstCluster === 0) return undefined
+    return {
+      firstCluster,
+      bytes: bytes.size64(24, 'data length'),
+      isRun: !always && (bytes.u8(1) & 2) !== 0,
+      isDirectory: type === TYPE_STREAM && this.#isDirectory,
+    }
+  }
+}

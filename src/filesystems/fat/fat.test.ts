@@ -5,6 +5,7 @@ import { must, needs, Random, tempDir } from '../../../test/kit/index.ts'
 import { NotTrusted } from '../../base/index.ts'
 import { MemoryDevice } from '../../device/index.ts'
 import { RangeSet } from '../../extents/index.ts'
+import type { FileSystem } from '../file-system.ts'
 import { fat } from './index.ts'
 import { RunCollector } from './used-runs.ts'
 
@@ -134,6 +135,18 @@ async function usedOf(bytes: Uint8Array, context = {}) {
   return { system, map: await system.used(context) }
 }
 
+/** Every used cluster has an owner, and nothing else has one: what is left is before the first and after the last. */
+async function assertOwned(system: FileSystem, used: RangeSet, size: number): Promise<void> {
+  const owned = await system.audit!({})
+  assert.ok(!owned.isEmpty && owned.subtract(used).isEmpty, 'what has an owner is in use')
+  const rest = [...used.subtract(owned)]
+  const [head, tail, ...more] = rest
+  assert.deepEqual([head!.start, more.length], [0, 0], `no owner: ${String(used.subtract(owned))}`)
+  assert.ok(head!.end <= owned.first!)
+  // Sectors that make no whole cluster, and what lies behind the volume.
+  if (tail) assert.ok(tail.end === size && tail.start >= owned.end!)
+}
+
 /** What fsck.fat counts: used and all clusters. */
 async function counted(image: string): Promise<{ used: number; all: number }> {
   const text = await must('fsck.fat', ['-n', '-v', image])
@@ -163,6 +176,7 @@ describe('FAT', { skip: needs('mkfs.fat', 'fsck.fat', 'mcopy') }, () => {
       for (const { start, end } of free) bytes.fill(0xa5, start, end)
       await writeFile(image, bytes)
       assert.deepEqual(await counted(image), { used, all })
+      await assertOwned(system, map.ranges, bytes.length)
       await mkdir(dir.file('out'))
       await must('mcopy', ['-i', image, '::d/*', dir.file('out')], { env: MTOOLS })
       for (const [name, content] of kept) {
@@ -194,6 +208,7 @@ describe('FAT', { skip: needs('mkfs.fat', 'fsck.fat', 'mcopy') }, () => {
       for (const { start, end } of free) bytes.fill(0xa5, start, end)
       await writeFile(image, bytes)
       assert.deepEqual(await counted(image), { used, all })
+      await assertOwned(system, map.ranges, bytes.length)
     })
   }
 
@@ -211,6 +226,39 @@ describe('FAT', { skip: needs('mkfs.fat', 'fsck.fat', 'mcopy') }, () => {
     assert.equal(map.ranges.covers(9000 * KIB, 9001 * KIB), true)
     const more = map.ranges.subtract(clean.map.ranges)
     assert.ok(more.size === 2 * system.blockBytes || more.size === 3 * system.blockBytes, String(more))
+  })
+
+  test('audit: an owned cluster that the table calls free is found; a chain out of the volume is refused', async () => {
+    await using dir = await tempDir()
+    const { image } = await makeVolume(dir, { args: ['-F', '16'], bytes: 16_384 * KIB }, new Random(11))
+    const bytes = new Uint8Array(await readFile(image))
+    const view = new DataView(bytes.buffer)
+    const sectorBytes = view.getUint16(11, true)
+    const table = view.getUint16(14, true) * sectorBytes
+    const fatBytes = view.getUint16(22, true) * sectorBytes
+    // The first cluster of a chain of at least two, as only a file's is: nothing else points to it.
+    const next = (cluster: number): number => view.getUint16(table + cluster * 2, true)
+    const pointed = new Set(Array.from({ length: 2000 }, (_, cluster) => next(cluster)))
+    const first = Array.from({ length: 2000 }, (_, i) => i + 2).find(
+      (cluster) => !pointed.has(cluster) && next(cluster) > 2 && next(cluster) < 0xfff0,
+    )!
+    const set = (value: number): void => {
+      for (const copy of [0, 1]) view.setUint16(table + copy * fatBytes + first * 2, value, true)
+    }
+    const before = next(first)
+    set(0)
+    const { system, map } = await usedOf(bytes)
+    const missing = (await system.audit!({})).subtract(map.ranges)
+    assert.equal(missing.size, system.blockBytes)
+    for (const value of [1, 0xffe0]) {
+      set(value)
+      await assert.rejects((await usedOf(bytes)).system.audit!({}), isRefusal('fat-chain'))
+    }
+    // A loop and a crossing have an end.
+    set(first)
+    assert.ok((await (await usedOf(bytes)).system.audit!({})).subtract(map.ranges).size <= system.blockBytes)
+    set(before)
+    await assertOwned((await usedOf(bytes)).system, (await usedOf(bytes)).map.ranges, bytes.length)
   })
 
   test('a dirty volume keeps its map and says so', async () => {

@@ -10,6 +10,7 @@ import { type Context, NotTrusted, throwIfAborted } from '../../base/index.ts'
 import { type BlockDevice, readBytes } from '../../device/index.ts'
 import { RangeSetBuilder } from '../../extents/index.ts'
 import type { FileSystem, FileSystemType, UsedMap } from '../file-system.ts'
+import { auditFat } from './audit.ts'
 import {
   BOOT_SECTOR_BYTES,
   type BootSector,
@@ -62,6 +63,7 @@ export const fat: FileSystemType = {
       size: boot.volumeBytes,
       blockBytes: boot.clusterBytes,
       used: (inner) => usedClusters(device, boot, inner),
+      audit: (inner) => auditFat(device, boot, inner),
     }
   },
 }

@@ -148,6 +148,37 @@ export function labelOfDirectory(bytes: Uint8Array): string | undefined {
   return undefined
 }
 
+/** What a directory entry owns. */
+export interface OwningEntry {
+  readonly firstCluster: number
+  readonly isDirectory: boolean
+}
+
+/**
+ * Entries of a directory that own clusters, from the part of it in `bytes`, without `.` and `..`. `ended`: no entry
+ * follows.
+ */
+export function decodeDirectory(
+  bytes: Uint8Array,
+  fatBits: FatBits,
+): { readonly entries: readonly OwningEntry[]; readonly ended: boolean } {
+  const view = new Bytes(bytes, 'little', 'FAT directory')
+  const entries: OwningEntry[] = []
+  for (let at = 0; at + DIRECTORY_ENTRY_BYTES <= bytes.length; at += DIRECTORY_ENTRY_BYTES) {
+    const first = bytes[at]!
+    const attributes = bytes[at + 11]!
+    if (first === 0) return { entries, ended: true }
+    // Deleted, a volume label, or a part of a long name.
+    if (first === 0xe5 || (attributes & 0x08) !== 0) continue
+    const isDirectory = (attributes & 0x10) !== 0
+    if (isDirectory && first === 0x2e) continue
+    // The upper half is OS/2's business on FAT12 and FAT16.
+    const firstCluster = view.u16(at + 26) + (fatBits === 32 ? view.u16(at + 20) * 65_536 : 0)
+    if (firstCluster !== 0) entries.push({ firstCluster, isDirectory })
+  }
+  return { entries, ended: false }
+}
+
 function serialText(serial: number): string | undefined {
   if (serial === 0) return undefined
   const hex = serial.toString(16).padStart(8, '0').toUpperCase()

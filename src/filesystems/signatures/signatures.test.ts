@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict'
-import { open, readFile, truncate, writeFile } from 'node:fs/promises'
+import { open, truncate, writeFile } from 'node:fs/promises'
 import { describe, test } from 'node:test'
-import { must, needs, run, tempDir } from '../../../test/kit/index.ts'
+import { needs, run, tempDir } from '../../../test/kit/index.ts'
 import { NotTrusted, rawCrc32 } from '../../base/index.ts'
 import { MemoryDevice } from '../../device/index.ts'
 import { foreign, raidMember } from './index.ts'
@@ -51,7 +51,6 @@ const CLOSER: Readonly<Record<string, (bytes: Uint8Array) => void>> = {
     view.setUint32(12, 0x12345678, true)
     view.setUint32(16, rawCrc32(bytes.slice(1024, 1024 + 280), 0x12345678), true)
   },
-  'sun-label': (bytes) => bytes.set([0xda, 0xbe], 0),
 }
 
 describe('foreign signatures', () => {
@@ -106,22 +105,6 @@ describe('foreign signatures', () => {
     }
     assert.ok(judged >= Object.keys(LIBBLKID).length)
   })
-})
-
-describe('labels of other machines', { skip: needs('parted') }, () => {
-  for (const [label, kind] of [
-    ['bsd', 'bsd-label'],
-    ['sun', 'sun-label'],
-  ] as const) {
-    test(`a ${label} label made by parted is one`, async () => {
-      await using dir = await tempDir()
-      const image = dir.file('image')
-      await writeFile(image, '')
-      await truncate(image, 64 * MIB)
-      await must('parted', ['-s', image, 'mklabel', label, 'mkpart', 'ext2', '1MiB', '20MiB'])
-      assert.deepEqual(await recognized(new Uint8Array(await readFile(image))), [kind])
-    })
-  }
 })
 
 describe('members of a RAID', () => {

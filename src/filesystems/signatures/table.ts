@@ -199,23 +199,6 @@ export const SIGNATURES: readonly Signature[] = [
     what: 'an EROFS image',
     marks: [{ at: 1024, text: '\xe2\xe1\xf5\xe0' }],
   },
-  // Disk labels of other machines.
-  {
-    kind: 'bsd-label',
-    reason: 'not-read',
-    what: 'a BSD disk label',
-    marks: [
-      { at: 512, text: '\x57\x45\x56\x82' },
-      { at: 64, text: '\x57\x45\x56\x82' },
-    ],
-  },
-  {
-    kind: 'sun-label',
-    reason: 'not-read',
-    what: 'a Sun disk label',
-    marks: [{ at: 508, text: '\xda\xbe' }],
-    confirm: { at: 0, length: 512, test: isSunLabel },
-  },
 ]
 
 /** The superblock's own checksum; two bytes of magic alone also occur in block counts of ext. */
@@ -226,11 +209,4 @@ function isNilfs(raw: Uint8Array): boolean {
   const summed = raw.slice(0, length)
   summed.fill(0, 16, 20)
   return rawCrc32(summed, bytes.u32(12)) === bytes.u32(16)
-}
-
-/** All 16-bit words of the label xor to zero. */
-function isSunLabel(raw: Uint8Array): boolean {
-  let sum = 0
-  for (let at = 0; at < 512; at += 2) sum ^= (raw[at]! << 8) | raw[at + 1]!
-  return sum === 0
 }
