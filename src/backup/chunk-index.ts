@@ -33,12 +33,12 @@ export class ChunkIndex {
   readonly #log: Log
   /** True when what is in it will be gone afterwards. */
   #isPrivate = false
-  /** The index was made anew: the packs that are there should be read into it. */
-  readonly isNew: boolean
+  /** False in an index that was made anew, until the packs that are there have been read into it. */
+  #isComplete: boolean
 
-  private constructor(db: DatabaseSync, isNew: boolean, log: Log) {
+  private constructor(db: DatabaseSync, isComplete: boolean, log: Log) {
     this.#db = db
-    this.isNew = isNew
+    this.#isComplete = isComplete
     this.#log = log
     this.#prepare()
   }
@@ -48,23 +48,35 @@ export class ChunkIndex {
     try {
       mkdirSync(dirname(path), { recursive: true, mode: 0o700 })
       try {
-        const { db, isNew } = openFile(path, repository)
-        return new ChunkIndex(db, isNew, log)
+        const { db, isComplete } = openFile(path, repository)
+        return new ChunkIndex(db, isComplete, log)
       } catch (error) {
         if (!isDamage(error)) throw error
         log('warn', 'The deduplication index is damaged and is made anew.', { path })
         for (const suffix of ['', '-wal', '-shm']) rmSync(path + suffix, { force: true })
-        return new ChunkIndex(openFile(path, repository).db, true, log)
+        return new ChunkIndex(openFile(path, repository).db, false, log)
       }
     } catch (error) {
       log('warn', 'The deduplication index cannot be used; this run has one of its own.', {
         path,
         error: String(error),
       })
-      const index = new ChunkIndex(openPrivate(repository), true, log)
+      const index = new ChunkIndex(openPrivate(repository), false, log)
       index.#isPrivate = true
       return index
     }
+  }
+
+  get isComplete(): boolean {
+    return this.#isComplete
+  }
+
+  /** Says that every pack of the repository was read into the index, or that there is none. */
+  markComplete(): void {
+    this.#try(() => {
+      this.#db.exec("INSERT OR REPLACE INTO about (key, value) VALUES ('complete', '1')")
+    })
+    this.#isComplete = true
   }
 
   find(id: Uint8Array): IndexHit | undefined {
@@ -101,7 +113,9 @@ export class ChunkIndex {
 
   clear(): void {
     this.#try(() => {
-      this.#inTransaction(() => this.#db.exec('DELETE FROM chunk; DELETE FROM pack'))
+      this.#inTransaction(() =>
+        this.#db.exec("DELETE FROM chunk; DELETE FROM pack; DELETE FROM about WHERE key = 'complete'"),
+      )
     })
   }
 
@@ -155,20 +169,22 @@ export class ChunkIndex {
   }
 }
 
-function openFile(path: string, repository: string): { db: DatabaseSync; isNew: boolean } {
+function openFile(path: string, repository: string): { db: DatabaseSync; isComplete: boolean } {
   const db = new DatabaseSync(path, { timeout: BUSY_MS })
   try {
     db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL')
     const { user_version: version } = db.prepare('PRAGMA user_version').get() as { user_version: number }
     if (version === 0) {
       makeSchema(db, repository)
-      return { db, isNew: true }
+      return { db, isComplete: false }
     }
-    const row = db.prepare("SELECT value FROM about WHERE key = 'repository'").get() as
-      | { value: string }
-      | undefined
-    if (version !== SCHEMA_VERSION || row?.value !== repository) throw new DamagedIndex()
-    return { db, isNew: false }
+    const about = new Map(
+      (db.prepare('SELECT key, value FROM about').all() as { key: string; value: string }[]).map(
+        ({ key, value }) => [key, value],
+      ),
+    )
+    if (version !== SCHEMA_VERSION || about.get('repository') !== repository) throw new DamagedIndex()
+    return { db, isComplete: about.get('complete') === '1' }
   } catch (error) {
     db.close()
     throw error

@@ -89,11 +89,11 @@ export function checkSizes(sizes: {
   }
 }
 
-/** Writes the config of a new repository, the key first: the config is what makes the folder a repository. */
+/** Writes the config of a new repository, the key first: the config is what makes the folder a repository. Returns its id. */
 export async function createConfig(
   store: BlobStore,
   options: { chunkBytes: number; frameBytes: number; packBytes: number; password: string | undefined },
-): Promise<void> {
+): Promise<string> {
   checkSizes(options)
   const master = randomBytes(MASTER_BYTES)
   const repository = randomBytes(16)
@@ -118,6 +118,7 @@ export async function createConfig(
     await putTwice(store, `keys/${randomBytes(16).toString('hex')}`, { ...wrapped, created: body.created })
   }
   await putTwice(store, CONFIG_NAME, body, keys.configMac(JSON.stringify(body)))
+  return body.id
 }
 
 /**

@@ -61,7 +61,7 @@ export async function createRepository(
       )
     }
     const store = openStore({ kind: 'folder', path: absolute })
-    await createConfig(store, {
+    const id = await createConfig(store, {
       chunkBytes: options.chunkBytes ?? DEFAULTS.chunkBytes,
       frameBytes:
         options.frameBytes ?? Math.min(DEFAULTS.frameBytes, options.chunkBytes ?? DEFAULTS.chunkBytes),
@@ -69,6 +69,10 @@ export async function createRepository(
       password: options.password,
     })
     await syncFolder(resolve(absolute, '..'))
+    // Made now, so that no two first writers make it at the same time.
+    const index = ChunkIndex.open(join(absolute, INDEX_PATH), id, silentLog)
+    index.markComplete()
+    index.close()
     await store.close()
   } catch (error) {
     throw fromSystem(error, 'make a repository in', absolute)
@@ -230,7 +234,7 @@ class FolderRepository implements Repository {
     if (!this.#index) {
       const index = this.#makeIndex(options.log ?? this.#log)
       this.#index = index
-      if (index.isNew) await this.#fillIndex(index, options)
+      if (!index.isComplete) await this.#fillIndex(index, options)
     }
     return this.#index
   }
@@ -269,6 +273,7 @@ class FolderRepository implements Repository {
         options.progress?.({ phase: 'reindex', doneBytes: packs, totalBytes: paths.length })
       }
     }
+    index.markComplete()
     return { packs, chunks, damaged, seconds: (performance.now() - started) / 1000 }
   }
 
