@@ -195,6 +195,7 @@ test('damage to one chunk names the points that need it, and no others', async (
   const chunk = result.findings.find((finding) => finding.object === 'chunk')!
   assert.equal(chunk.name, pack)
   assert.deepEqual(chunk.points, [{ disk: 'vm', point: first.point }])
+  assert.equal(result.findings.length, 1, JSON.stringify(result.findings))
   assert.deepEqual((await repository.verify({ disk: 'other' })).findings, [])
   await flip(join(root, pack!), middle, 4)
   await flip(join(root, pack!), 100, 4)

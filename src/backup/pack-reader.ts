@@ -166,7 +166,7 @@ export async function verifyPack(
 ): Promise<PackReport> {
   const path = packPath(pack.kind, pack.name)
   const what = `pack ${path}`
-  const damage: PackDamage[] = []
+  const damage: (PackDamage & { readonly span?: number })[] = []
   let trailer: PackTrailer
   try {
     trailer = await readTrailer(store, keys, pack.kind, pack.name)
@@ -204,7 +204,7 @@ export async function verifyPack(
     }
     if (crc32(bytes) !== crcs.getUint32(span * 4, true)) {
       const message = `Cannot trust ${what}: found a wrong checksum of its bytes ${at} to ${at + length}`
-      damage.push({ code: 'CORRUPT', message, offset: at })
+      damage.push({ code: 'CORRUPT', message, offset: at, span: at })
     }
     if (span === 0) {
       try {
@@ -248,7 +248,21 @@ export async function verifyPack(
       }
     }
   }
-  return { objects: objects.length, bytes: footer.fileLength, damage }
+  // A wrong checksum of a span is explained by a damaged object in it; without one, the pack is in doubt as a whole.
+  const spans = objects
+    .filter(({ offset }) => damage.some((one) => one.objectOffset === offset))
+    .map(({ offset, frames }) => ({ start: offset, end: offset + storedBytes(frames) }))
+  const unexplained = damage.filter(
+    ({ objectOffset, span }) =>
+      objectOffset !== undefined ||
+      span === undefined ||
+      !spans.some(({ start, end: stop }) => start < span + CRC_SPAN && stop > span),
+  )
+  return {
+    objects: objects.length,
+    bytes: footer.fileLength,
+    damage: unexplained.map(({ span: _span, ...one }) => one),
+  }
 }
 
 /** Map pages stand in one frame, whatever their length. */

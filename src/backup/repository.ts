@@ -245,33 +245,36 @@ class FolderRepository implements Repository {
     let packs = 0
     let chunks = 0
     index.clear()
-    for (const [kind, prefix] of [
-      ['data', 'packs/'],
-      ['metadata', 'meta/'],
-    ] as readonly [PackKind, string][]) {
-      const paths = await this.#store.list(prefix)
-      for (const path of paths) {
-        throwIfAborted(options.signal)
+    const found: { kind: PackKind; path: string; name: string; size: number }[] = []
+    for (const kind of ['data', 'metadata'] as const) {
+      for (const path of await this.#store.list(kind === 'data' ? 'packs/' : 'meta/')) {
         const name = path.slice(path.lastIndexOf('/') + 1)
-        if (packPath(kind, name) !== path) continue
-        try {
-          const { objects } = await readTrailer(this.#store, this.#config.keys, kind, name)
-          index.add(
-            { kind, name },
-            objects.map((object) => object.id),
-          )
-          packs++
-          if (kind === 'data') chunks += objects.length
-        } catch (error) {
-          if (!(error instanceof VarveError)) throw error
-          damaged.push(path)
-          options.log?.('warn', 'A pack cannot be read; it is left out of the index.', {
-            path,
-            error: error.message,
-          })
-        }
-        options.progress?.({ phase: 'reindex', doneBytes: packs, totalBytes: paths.length })
+        if (packPath(kind, name) === path)
+          found.push({ kind, path, name, size: await this.#store.size(path).catch(() => 0) })
       }
+    }
+    const totalBytes = found.reduce((sum, { size }) => sum + size, 0)
+    let doneBytes = 0
+    for (const { kind, path, name, size } of found) {
+      throwIfAborted(options.signal)
+      try {
+        const { objects } = await readTrailer(this.#store, this.#config.keys, kind, name)
+        index.add(
+          { kind, name },
+          objects.map((object) => object.id),
+        )
+        packs++
+        if (kind === 'data') chunks += objects.length
+      } catch (error) {
+        if (!(error instanceof VarveError)) throw error
+        damaged.push(path)
+        options.log?.('warn', 'A pack cannot be read; it is left out of the index.', {
+          path,
+          error: error.message,
+        })
+      }
+      doneBytes += size
+      options.progress?.({ phase: 'reindex', doneBytes, totalBytes })
     }
     index.markComplete()
     return { packs, chunks, damaged, seconds: (performance.now() - started) / 1000 }

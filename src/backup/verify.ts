@@ -8,7 +8,7 @@
  *
  * For one disk or one point, the packs are those that it needs; for the whole repository all that are there.
  */
-import { isVarveError, type ProgressListener, throwIfAborted } from '../base/index.ts'
+import { isVarveError, mapBounded, type ProgressListener, throwIfAborted } from '../base/index.ts'
 import { checkConfigObject, configObjects } from './config.ts'
 import type { Finding, RepositorySettings, VerifyOptions, VerifyResult } from './contract.ts'
 import { equalBytes, type RepositoryKeys } from './keys.ts'
@@ -27,6 +27,8 @@ export interface VerifyTools {
   readonly settings: RepositorySettings
   readonly pool: WorkerPool
 }
+
+const SIZES_UNDER_WAY = 8
 
 interface PointRef {
   readonly disk: string
@@ -151,11 +153,17 @@ class Verification {
   }
 
   async #verifyPacks(packs: readonly { kind: PackKind; name: string }[]): Promise<void> {
-    const { pool } = this.#tools
+    const { pool, store } = this.#tools
+    const sizes = await mapBounded(packs, SIZES_UNDER_WAY, ({ kind, name }) =>
+      store.size(packPath(kind, name)).catch(() => 0),
+    )
+    const totalBytes = sizes.reduce((sum, size) => sum + size, 0)
+    let doneBytes = 0
     let next = 0
     const lane = async (index: number): Promise<void> => {
       while (next < packs.length) {
         throwIfAborted(this.#options.signal)
+        const size = sizes[next]!
         const pack = packs[next++]!
         const report = await pool.lane(index).call('verifyPack', pack)
         this.#packs++
@@ -175,7 +183,8 @@ class Verification {
           if (others) others.push(finding)
           else this.#damaged.set(pack.name, [finding])
         }
-        this.#progress({ phase: 'verify', doneBytes: this.#packs, totalBytes: packs.length })
+        doneBytes += size
+        this.#progress({ phase: 'verify', doneBytes, totalBytes })
       }
     }
     const lanes = Math.min(pool.size, packs.length)
