@@ -59,7 +59,9 @@ async function runJob(job: FuzzJob): Promise<{ done: number; rssMiB: number }> {
         else if ('failure' in message) reject(new Error(`VARVE_SEED=${message.seed}: ${message.failure}`))
         else resolve(message)
       })
-      worker.on('error', (error) => reject(new Error(`VARVE_SEED=${seed}: ${String(error)}`, { cause: error })))
+      worker.on('error', (error) =>
+        reject(new Error(`VARVE_SEED=${seed}: ${String(error)}`, { cause: error })),
+      )
     })
   } finally {
     clearTimeout(watchdog)

@@ -82,7 +82,7 @@ async function judgeDisk(bytes: Uint8Array, truth: RangeSet): Promise<void> {
   const map = await mapInUse(new MemoryDevice(bytes), {})
   for (const [from, to] of job.keeps ?? []) {
     const lost = truth.clip(from, to).subtract(map.ranges)
-    if (!lost.isEmpty) throw new Error(`in use, but the mutated map calls it unused: ${lost}`)
+    if (!lost.isEmpty) throw new Error(`in use, but the mutated map calls it unused: ${lost.toString()}`)
   }
 }
 

@@ -52,7 +52,9 @@ export async function must(
 ): Promise<string> {
   const result = await run(command, args, options)
   if (result.code !== 0) {
-    throw new Error(`${command} ${args.join(' ')}: exit ${result.code}\n${result.stdout.toString()}\n${result.stderr}`)
+    throw new Error(
+      `${command} ${args.join(' ')}: exit ${result.code}\n${result.stdout.toString()}\n${result.stderr}`,
+    )
   }
   return result.stdout.toString()
 }

@@ -70,20 +70,15 @@ export async function runGuest(job: GuestJob): Promise<GuestResult> {
   const result = await run('timeout', [
     String(job.timeoutSeconds ?? 240),
     'qemu-system-x86_64',
-    ...[
-      '-accel',
-      'tcg,thread=multi',
-      '-cpu',
-      'max',
-      '-M',
-      'pc',
-      '-m',
-      String(job.memoryMiB ?? 768),
-      '-smp',
-      '2',
-    ],
-    ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot', '-serial', 'stdio'],
-    ...['-kernel', kernel.image, '-initrd', initrd, '-append', 'console=ttyS0 quiet panic=-1 loglevel=3'],
+    ...MACHINE.split(' '),
+    '-m',
+    String(job.memoryMiB ?? 768),
+    '-kernel',
+    kernel.image,
+    '-initrd',
+    initrd,
+    '-append',
+    'console=ttyS0 quiet panic=-1 loglevel=3',
     ...drives,
   ])
   const bytes = await readFile(output)
@@ -102,6 +97,8 @@ export async function runGuest(job: GuestJob): Promise<GuestResult> {
   }
 }
 
+const MACHINE =
+  '-accel tcg,thread=multi -cpu max -M pc -smp 2 -nodefaults -no-user-config -display none -no-reboot -serial stdio'
 const OUTPUT_BYTES = 16 << 20
 
 interface Kernel {
