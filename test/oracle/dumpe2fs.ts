@@ -10,6 +10,7 @@ import { must, run } from '../kit/index.ts'
 export interface Dumpe2fs {
   readonly blockBytes: number
   readonly blocksCount: number
+  readonly firstBlock: number
   /** Blocks, not clusters. */
   readonly clusterBlocks: number
   /** Bytes of the image that are in use, to its end (`imageBytes`). */
@@ -59,5 +60,5 @@ export async function dumpe2fs(
     .complement(0, blocksCount)
     .scale(blockBytes)
     .union(RangeSet.of(blocksCount * blockBytes, imageBytes))
-  return { blockBytes, blocksCount, clusterBlocks, used, header }
+  return { blockBytes, blocksCount, firstBlock: count('First block'), clusterBlocks, used, header }
 }

@@ -79,9 +79,15 @@ async function make(image: string, mkfs: readonly string[], mib: number): Promis
   await must('mke2fs', ['-q', '-F', ...mkfs, image])
 }
 
+/** The map; all that the inodes own is in it, seen after the replay. */
 async function usedOf(image: string): Promise<UsedMap> {
   await using device = await openHostFile(image)
-  return await (await extType.open(device, {})).used({})
+  const fs = await extType.open(device, {})
+  const used = await fs.used({})
+  const owned = await fs.audit!({})
+  assert.ok(owned.size > 0)
+  assert.equal(owned.subtract(used.ranges).toString(), '', 'owned and not used')
+  return used
 }
 
 function subject(image: string, used: UsedMap): PoisonSubject {
@@ -212,7 +218,10 @@ async function compareWithReplay(image: string, used: UsedMap): Promise<void> {
     const after = await dumpe2fs(copy, size)
     const expected = after.used.union(before.used)
     assert.equal(expected.subtract(used.ranges).toString(), '', 'too little')
-    assert.equal(used.ranges.subtract(expected).toString(), '', 'too much')
+    // Files deleted while open are freed by e2fsck in the same go: those blocks it has no more.
+    if (!/orphan/i.test(result.stdout.toString())) {
+      assert.equal(used.ranges.subtract(expected).toString(), '', 'too much')
+    }
 
     await snapshot(image, copy)
     await (await mounted(copy)).unmount()

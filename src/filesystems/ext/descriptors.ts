@@ -50,6 +50,14 @@ export interface MetadataPlaces {
   readonly primary: RangeSet
 }
 
+/** What the metadata says at one moment, checked: as it stands on the device, or after the replay. */
+export interface View {
+  readonly device: BlockDevice
+  readonly sb: Superblock
+  readonly descriptors: GroupDescriptors
+  readonly places: MetadataPlaces
+}
+
 /** @throws NotTrusted (`ext-descriptors`) */
 export function checkDescriptors(sb: Superblock, descriptors: GroupDescriptors): MetadataPlaces {
   const anywhere = has(sb.incompat, INCOMPAT.flexBg)

@@ -7,6 +7,7 @@ import { must, needs, needsRoot, Random, run, tempDir } from '../../../test/kit/
 import { dumpe2fs } from '../../../test/oracle/dumpe2fs.ts'
 import { mounted } from '../../../test/poison/mount.ts'
 import { CountingDevice, openHostFile } from '../../device/index.ts'
+import { RangeSet } from '../../extents/index.ts'
 import type { FileSystem, UsedMap } from '../file-system.ts'
 import { extType } from './index.ts'
 
@@ -207,6 +208,12 @@ async function map(
   return { fs, used, reads: device.reads, bytesRead: device.bytesRead }
 }
 
+async function audit(image: string): Promise<RangeSet> {
+  await using device = await openHostFile(image)
+  const fs = await extType.open(device, {})
+  return await fs.audit!({})
+}
+
 describe('ext used() is what dumpe2fs says', {
   skip: needs('mke2fs', 'dumpe2fs', 'debugfs', 'resize2fs'),
 }, () => {
@@ -231,6 +238,14 @@ describe('ext used() is what dumpe2fs says', {
       assert.ok(used.ranges.size < size / 2, 'something is free')
       assert.equal(used.ranges.subtract(oracle.used).toString(), '', `too much (seed ${random.seed})`)
       assert.equal(oracle.used.subtract(used.ranges).toString(), '', `too little (seed ${random.seed})`)
+
+      // From the other side: nothing is used that nobody owns, nor the reverse. A cluster may be owned in part.
+      const owned = (await audit(image)).coarsen(fs.blockBytes).clip(0, fs.size)
+      const boot = RangeSet.of(0, oracle.firstBlock * oracle.blockBytes)
+      const tail = RangeSet.of(fs.size, size)
+      assert.equal(owned.subtract(used.ranges).toString(), '', `owned and not used (seed ${random.seed})`)
+      const rest = used.ranges.subtract(owned).subtract(boot).subtract(tail)
+      assert.equal(rest.toString(), '', `used and not owned (seed ${random.seed})`)
     })
   }
 })

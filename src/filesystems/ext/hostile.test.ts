@@ -37,6 +37,17 @@ async function answer(device: BlockDevice): Promise<Answer> {
   }
 }
 
+/** The same of the audit. */
+async function auditAnswer(device: BlockDevice): Promise<Answer> {
+  try {
+    const fs = await extType.open(device, {})
+    return await fs.audit!({})
+  } catch (error) {
+    if (isVarveError(error) && error.code !== 'INTERNAL') return 'refused'
+    throw error
+  }
+}
+
 /** The answer for `device` with `bytes` at `offset`. */
 async function patched(device: BlockDevice, offset: number, bytes: Uint8Array): Promise<Answer> {
   await using overlay = new OverlayDevice(device)
@@ -337,6 +348,7 @@ describe('garbage', { skip: TOOLS }, () => {
   test('random bytes over metadata without checksums', async () => {
     await using dir = await tempDir()
     const random = new Random()
+    let audited = 0
     for (const args of [
       ['-t', 'ext3'],
       ['-t', 'ext4', '-O', '^metadata_csum'],
@@ -357,11 +369,43 @@ describe('garbage', { skip: TOOLS }, () => {
           if (i % 4 === 0) {
             await using device = await openHostFile(image)
             await answer(device)
+            if ((await auditAnswer(device)) !== 'refused') audited++
           }
         }
       } finally {
         await file.close()
       }
+    }
+    assert.ok(audited > 0, 'some of it could still be read')
+  })
+
+  test('random bytes over inodes, directories and their trees end the audit or change its answer, no more', async () => {
+    await using dir = await tempDir()
+    const random = new Random()
+    for (const args of [
+      ['-t', 'ext3'],
+      ['-t', 'ext4', '-O', '^metadata_csum'],
+      ['-t', 'ext4'],
+    ]) {
+      const image = dir.file('image')
+      await makeImage(image, [...args, '-b', '1024'], 16)
+      await using device = new MemoryDevice(await readFile(image))
+      const sb = await readSuperblock(device)
+      const descriptors = await readDescriptors(device, sb)
+      const table = descriptors.inodeTable(0) * sb.blockBytes
+      const expected = await auditAnswer(device)
+      assert.ok(expected !== 'refused')
+      let [refused, changed] = [0, 0]
+      for (let i = 0; i < 600; i++) {
+        await using overlay = new OverlayDevice(device)
+        overlay.patch(table + random.below(60 * sb.inodeSize), random.bytes(1 + random.below(8)))
+        const found = await auditAnswer(overlay)
+        if (found === 'refused') refused++
+        else if (!found.equals(expected)) changed++
+      }
+      assert.ok(refused > 50, `${refused} refused, ${changed} changed, seed ${random.seed}`)
+      // Under checksums nothing gets through.
+      if (!args.includes('-O')) assert.ok(args.includes('ext3') || changed === 0)
     }
   })
 })

@@ -12,14 +12,9 @@ import { type Context, VarveError } from '../../base/index.ts'
 import { type BlockDevice, OverlayDevice } from '../../device/index.ts'
 import { RangeSet } from '../../extents/index.ts'
 import { type FileSystem, type FileSystemType, NotTrusted, type UsedMap } from '../file-system.ts'
+import { ownedBlocks } from './audit.ts'
 import { allocatedBlocks, uncheckedBlocks } from './block-map.ts'
-import {
-  checkDescriptors,
-  checkInodeTableOf,
-  gdtBlocks,
-  type MetadataPlaces,
-  readDescriptors,
-} from './descriptors.ts'
+import { checkDescriptors, checkInodeTableOf, gdtBlocks, readDescriptors, type View } from './descriptors.ts'
 import { Journal, type Recovery } from './journal.ts'
 import { COMPAT, type GroupDescriptors, has, INCOMPAT, SUPERBLOCK_OFFSET, type Superblock } from './layout.ts'
 import { aboutOf, checkState, hasMagic, readSuperblock } from './superblock.ts'
@@ -30,14 +25,6 @@ export const extType: FileSystemType = {
   async open(device, context) {
     return new ExtFileSystem(device, await readSuperblock(device, context.signal))
   },
-}
-
-/** What the metadata says at one moment: on the device, or after the replay. */
-interface View {
-  readonly device: BlockDevice
-  readonly sb: Superblock
-  readonly descriptors: GroupDescriptors
-  readonly places: MetadataPlaces
 }
 
 class ExtFileSystem implements FileSystem {
@@ -63,20 +50,11 @@ class ExtFileSystem implements FileSystem {
   async used(context: Context): Promise<UsedMap> {
     const { signal } = context
     const sb = this.#sb
-    const device = this.#device
-    checkState(sb)
-    const descriptors = await readDescriptors(device, sb, signal)
-    const marked = has(sb.incompat, INCOMPAT.recover)
-    const journal = has(sb.compat, COMPAT.hasJournal)
-      ? await this.#openJournal(descriptors, signal)
-      : undefined
-    const recovery =
-      journal && (marked || !journal.isEmpty) ? await this.#trusting(() => journal.recover()) : undefined
-
-    if (!recovery || (recovery.blocks === 0 && recovery.fastCommits.blocks.length === 0)) {
-      const view = { device, sb, descriptors, places: checkDescriptors(sb, descriptors) }
+    const { descriptors, marked, recovery } = await this.#look(signal)
+    if (!recovery) {
+      const used = await allocated(this.#asItStands(descriptors), signal)
       return {
-        ranges: this.#bytes(sb, await allocated(view, signal)),
+        ranges: this.#bytes(sb, used),
         trust: 'exact',
         state: marked ? 'dirty: journal empty' : 'clean',
       }
@@ -84,15 +62,48 @@ class ExtFileSystem implements FileSystem {
 
     const after = await this.#replay(recovery, signal)
     let used = await allocated(after, signal)
-    for (const { start, end } of recovery.fastCommits.blocks) used = used.union(RangeSet.of(start, end))
+    used = used.union(RangeSet.from(recovery.fastCommits.blocks))
     if (marked) {
       used = used.union(await this.#before(after, recovery, descriptors, signal))
     } else {
       // Not marked, yet not empty: the kernel drops such a journal, e2fsck replays it. Both must be right.
-      const before = { device, sb, descriptors, places: checkDescriptors(sb, descriptors) }
-      used = used.union(await allocated(before, signal))
+      used = used.union(await allocated(this.#asItStands(descriptors), signal))
     }
     return { ranges: this.#bytes(after.sb, used), trust: 'replayed', state: 'dirty: journal replayed' }
+  }
+
+  /** @throws NotTrusted, CORRUPT, LIMIT, IO */
+  async audit(context: Context): Promise<RangeSet> {
+    const { signal } = context
+    const { descriptors, recovery } = await this.#look(signal)
+    if (!recovery) {
+      return (await ownedBlocks(this.#asItStands(descriptors), signal)).scale(this.#sb.blockBytes)
+    }
+    const after = await this.#replay(recovery, signal)
+    await recovery.apply(after.device, recovery.blocks)
+    return (await ownedBlocks(after, signal)).scale(after.sb.blockBytes)
+  }
+
+  /** Descriptors as they stand on the device, and what the journal would change; undefined when that is nothing. */
+  async #look(
+    signal: AbortSignal | undefined,
+  ): Promise<{ descriptors: GroupDescriptors; marked: boolean; recovery: Recovery | undefined }> {
+    const sb = this.#sb
+    checkState(sb)
+    const descriptors = await readDescriptors(this.#device, sb, signal)
+    const marked = has(sb.incompat, INCOMPAT.recover)
+    const journal = has(sb.compat, COMPAT.hasJournal)
+      ? await this.#openJournal(descriptors, signal)
+      : undefined
+    if (!journal || !(marked || !journal.isEmpty)) return { descriptors, marked, recovery: undefined }
+    const recovery = await this.#trusting(() => journal.recover())
+    const nothing = recovery.blocks.size === 0 && recovery.fastCommits.blocks.length === 0
+    return { descriptors, marked, recovery: nothing ? undefined : recovery }
+  }
+
+  #asItStands(descriptors: GroupDescriptors): View {
+    const sb = this.#sb
+    return { device: this.#device, sb, descriptors, places: checkDescriptors(sb, descriptors) }
   }
 
   async #openJournal(descriptors: GroupDescriptors, signal: AbortSignal | undefined): Promise<Journal> {
@@ -104,7 +115,10 @@ class ExtFileSystem implements FileSystem {
   }
 
   /** Superblock, descriptors and bitmaps as the next mount will see them. */
-  async #replay(recovery: Recovery, signal: AbortSignal | undefined): Promise<View> {
+  async #replay(
+    recovery: Recovery,
+    signal: AbortSignal | undefined,
+  ): Promise<View & { device: OverlayDevice }> {
     const overlay = new OverlayDevice(this.#device)
     // First the superblock, because it says where the descriptors are; then these, because they say where the
     // bitmaps are. The group count may have grown.

@@ -131,6 +131,29 @@ export function hasNoMap(inode: Inode): boolean {
 }
 
 /**
+ * All runs of an inode whose map fits the inode itself, which is that of nearly every file; undefined when blocks
+ * must be read for it.
+ * @throws CORRUPT
+ */
+export function rootRuns(sb: Superblock, inode: Inode): readonly BlockRun[] | undefined {
+  if (hasNoMap(inode)) return []
+  if (has(inode.flags, INODE_FLAG.extents)) {
+    const node = decodeExtentNode(sb, inode, inode.iBlock, undefined, 0)
+    return node.depth === 0 ? node.runs : undefined
+  }
+  const b = new Bytes(inode.iBlock, 'little', `block map of inode ${inode.number}`)
+  const runs: BlockRun[] = []
+  for (let i = 0; i < DIRECT_BLOCKS + 3; i++) {
+    const physical = b.u32(i * 4)
+    if (physical === 0) continue
+    if (i >= DIRECT_BLOCKS) return undefined
+    checkRun(sb, inode, physical, 1)
+    runs.push({ logical: i, physical, blocks: 1, unwritten: false })
+  }
+  return runs
+}
+
+/**
  * Every run of blocks that the inode owns, those of its tree too, logical blocks ascending. Attribute blocks are
  * not among them (`fileAcl`).
  * @throws CORRUPT
@@ -143,8 +166,7 @@ export async function* blockRuns(
 ): AsyncGenerator<BlockRun> {
   if (hasNoMap(inode)) return
   if (has(inode.flags, INODE_FLAG.extents)) {
-    const walk = { device, sb, inode, signal, next: 0 }
-    yield* extentNode(walk, inode.iBlock, undefined)
+    yield* extentNode({ device, sb, inode, signal, next: 0 }, inode.iBlock, undefined)
   } else {
     yield* mappedBlocks(device, sb, inode, signal)
   }
@@ -165,6 +187,50 @@ async function* extentNode(
   expectedDepth: number | undefined,
 ): AsyncGenerator<BlockRun> {
   const { sb, inode } = walk
+  const node = decodeExtentNode(sb, inode, bytes, expectedDepth, walk.next)
+  if (node.depth === 0) {
+    const last = node.runs.at(-1)
+    if (last) walk.next = (last.logical ?? 0) + last.blocks
+    yield* node.runs
+    return
+  }
+  for (const child of node.runs) {
+    if ((child.logical ?? 0) < walk.next) {
+      throw corrupt(
+        `read extents of inode ${inode.number}`,
+        `block ${child.logical} twice`,
+        'ascending blocks',
+      )
+    }
+    yield { ...child, logical: undefined }
+    const before = walk.next
+    const block = await readBytes(walk.device, child.physical * sb.blockBytes, sb.blockBytes, walk.signal)
+    yield* extentNode(walk, block, node.depth - 1)
+    // An index entry with nothing under it would let a hostile tree visit one block over and over.
+    if (walk.next === before) {
+      throw corrupt(
+        `read extents of inode ${inode.number}`,
+        `an empty node at block ${child.physical}`,
+        'extents',
+      )
+    }
+  }
+}
+
+interface ExtentNode {
+  readonly depth: number
+  /** Extents (depth 0), or the children with the first block of the file that each maps. */
+  readonly runs: readonly BlockRun[]
+}
+
+/** `expectedDepth`: of a block below the root; undefined for the root, which has no checksum of its own. */
+function decodeExtentNode(
+  sb: Superblock,
+  inode: Inode,
+  bytes: Uint8Array,
+  expectedDepth: number | undefined,
+  from: number,
+): ExtentNode {
   const doing = `read extents of inode ${inode.number}`
   const b = new Bytes(bytes, 'little', `extent block of inode ${inode.number}`)
   const entries = b.u16(2)
@@ -183,29 +249,28 @@ async function* extentNode(
     const crc = rawCrc32c(bytes.subarray(0, tail), inodeSeed(sb, inode.number, inode.generation))
     if (b.u32(tail) !== crc) throw corrupt(doing, 'a wrong checksum', 'the one that its bytes give')
   }
+  const runs: BlockRun[] = []
+  let next = from
   for (let entry = 0; entry < entries; entry++) {
     const at = EXTENT_HEADER_BYTES + entry * EXTENT_ENTRY_BYTES
     const logical = b.u32(at)
-    if (logical < walk.next) throw corrupt(doing, `block ${logical} after ${walk.next}`, 'ascending blocks')
-    if (depth === 0) {
+    if (logical < next) throw corrupt(doing, `block ${logical} after ${next}`, 'ascending blocks')
+    if (depth > 0) {
+      const physical = b.u32(at + 4) + b.u16(at + 8) * 2 ** 32
+      checkRun(sb, inode, physical, 1)
+      runs.push({ logical, physical, blocks: 1, unwritten: false })
+      next = logical + 1
+    } else {
       const stored = b.u16(at + 4)
       const unwritten = stored > MAX_WRITTEN_LENGTH
       const blocks = unwritten ? stored - MAX_WRITTEN_LENGTH : stored
       const physical = b.u32(at + 8) + b.u16(at + 6) * 2 ** 32
       checkRun(sb, inode, physical, blocks)
-      walk.next = logical + blocks
-      yield { logical, physical, blocks, unwritten }
-    } else {
-      const physical = b.u32(at + 4) + b.u16(at + 8) * 2 ** 32
-      checkRun(sb, inode, physical, 1)
-      yield { logical: undefined, physical, blocks: 1, unwritten: false }
-      const before = walk.next
-      const child = await readBytes(walk.device, physical * sb.blockBytes, sb.blockBytes, walk.signal)
-      yield* extentNode(walk, child, depth - 1)
-      // An index entry with nothing under it would let a hostile tree visit one block over and over.
-      if (walk.next === before) throw corrupt(doing, `an empty node at block ${physical}`, 'extents in it')
+      runs.push({ logical, physical, blocks, unwritten })
+      next = logical + blocks
     }
   }
+  return { depth, runs }
 }
 
 async function* mappedBlocks(

@@ -113,8 +113,8 @@ interface LoggedBlock {
 /** What recovery would write. */
 export interface Recovery {
   readonly transactions: number
-  /** Blocks whose newest copy is not revoked. */
-  readonly blocks: number
+  /** Blocks that recovery would write, those whose newest copy is revoked left out; in no order. */
+  readonly blocks: { readonly size: number } & Iterable<number>
   /** True when recovery would write this block of the file system. */
   covers(block: number): boolean
   /** Puts the newest logged copy of each of `blocks` that has one over `overlay`. Idempotent. */
@@ -203,7 +203,7 @@ export class Journal {
     const fs = this.#fs
     return {
       transactions: scan.transactions,
-      blocks: latest.size,
+      blocks: new Set(latest.keys()),
       fastCommits,
       covers: (block) => latest.has(block),
       async apply(overlay, blocks) {

@@ -104,7 +104,8 @@ export interface Superblock {
   readonly journalInum: number
   readonly journalDev: number
   readonly journalUuidIsSet: boolean
-  readonly lastOrphan: number
+  /** Block of the multiple mount protection; 0 without it. */
+  readonly mmpBlock: number
   /** `s_desc_size` as stored; `descBytes` is what counts. */
   readonly descSize: number
   readonly checksumType: number
@@ -185,7 +186,7 @@ export function decodeSuperblock(raw: Uint8Array): Superblock {
     journalInum: b.u32(0xe0),
     journalDev: b.u32(0xe4),
     journalUuidIsSet: b.sub(0xd0, 16).some((byte) => byte !== 0),
-    lastOrphan: b.u32(0xe8),
+    mmpBlock: incompat & INCOMPAT.mmp ? b.u32(0x168) + b.u32(0x16c) * 2 ** 32 : 0,
     descSize: b.u16(0xfe),
     checksumType: b.u8(0x175),
     checksum: { stored: b.u32(0x3fc), computed: rawCrc32c(b.sub(0, 0x3fc), 0xffffffff) },
