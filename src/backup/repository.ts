@@ -1,5 +1,5 @@
 /** Makes and opens repositories, and ties the parts together. */
-import { mkdir, readdir } from 'node:fs/promises'
+import { readdir } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { type Context, fromSystem, type Log, silentLog, throwIfAborted, VarveError } from '../base/index.ts'
 import { type BlockDevice, syncFolder } from '../device/index.ts'
@@ -31,6 +31,7 @@ import { RepositoryPointDevice } from './point-device.ts'
 import { findManifest, listPoints } from './points.ts'
 import { WorkerPool } from './pool.ts'
 import { type BlobStore, openStore } from './store/blob-store.ts'
+import { makeFolder } from './store/make-folder.ts'
 import { verifyRepository } from './verify.ts'
 import { verifyAgainst } from './verify-against.ts'
 import { WriterRegistration } from './writers.ts'
@@ -50,7 +51,7 @@ export async function createRepository(
   if (options.password === '')
     throw new VarveError('USAGE', 'Cannot encrypt the repository with an empty password')
   try {
-    await mkdir(absolute, { recursive: true, mode: 0o700 })
+    await makeFolder(absolute, 0o700)
     if ((await readdir(absolute)).length > 0) {
       throw new VarveError(
         'EXISTS',

@@ -16,6 +16,7 @@ import { promisify } from 'node:util'
 import { fromSystem, isVarveError, VarveError } from '../../base/index.ts'
 import { syncFolder } from '../../device/index.ts'
 import type { BlobStore, BlobWriter, StoreSpec } from './blob-store.ts'
+import { makeFolder } from './make-folder.ts'
 
 // Plain descriptors instead of FileHandles: a handle that is collected closes itself under the feet of its users.
 const open = promisify(fsOpen)
@@ -115,7 +116,7 @@ export class FolderStore implements BlobStore {
   async create(name: string): Promise<BlobWriter> {
     const temporary = join(this.#path, TEMPORARY, randomBytes(12).toString('hex'))
     try {
-      await mkdir(dirname(temporary), { recursive: true, mode: 0o700 })
+      await makeFolder(dirname(temporary), 0o700)
       // Disks hold secrets: nobody but the owner reads what is stored.
       return new FolderWriter(
         await open(temporary, 'wx', 0o600),
