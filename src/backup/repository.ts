@@ -51,7 +51,7 @@ export async function createRepository(
   if (options.password === '')
     throw new VarveError('USAGE', 'Cannot encrypt the repository with an empty password')
   try {
-    await makeFolder(absolute, 0o700)
+    await makeFolder(absolute)
     if ((await readdir(absolute)).length > 0) {
       throw new VarveError(
         'EXISTS',

@@ -10,7 +10,7 @@ import {
   read as fsRead,
   write as fsWrite,
 } from 'node:fs'
-import { mkdir, readdir, rename, stat, unlink } from 'node:fs/promises'
+import { readdir, rename, stat, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { promisify } from 'node:util'
 import { fromSystem, isVarveError, VarveError } from '../../base/index.ts'
@@ -116,7 +116,7 @@ export class FolderStore implements BlobStore {
   async create(name: string): Promise<BlobWriter> {
     const temporary = join(this.#path, TEMPORARY, randomBytes(12).toString('hex'))
     try {
-      await makeFolder(dirname(temporary), 0o700)
+      await makeFolder(dirname(temporary))
       // Disks hold secrets: nobody but the owner reads what is stored.
       return new FolderWriter(
         await open(temporary, 'wx', 0o600),
@@ -289,20 +289,4 @@ class FolderWriter implements BlobWriter {
     this.#closed = true
     await close(this.#fd)
   }
-}
-
-/** Makes `path` and what is missing above it, each durable in its parent. */
-async function makeFolder(path: string): Promise<void> {
-  try {
-    await mkdir(path, { mode: 0o700 })
-  } catch (error) {
-    const code = (error as NodeJS.ErrnoException).code
-    if (code === 'ENOENT') {
-      await makeFolder(dirname(path))
-      await mkdir(path, { mode: 0o700 }).catch((again: NodeJS.ErrnoException) => {
-        if (again.code !== 'EEXIST') throw again
-      })
-    } else if (code !== 'EEXIST') throw error
-  }
-  await syncFolder(dirname(path))
 }
