@@ -1,6 +1,6 @@
 /** A flipped bit anywhere in a repository is found and named, and a read never returns wrong bytes. */
 import assert from 'node:assert/strict'
-import { open, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
+import { copyFile, open, readdir, readFile, rm, truncate, writeFile } from 'node:fs/promises'
 import { join, relative } from 'node:path'
 import { describe, test } from 'node:test'
 import { contentOf, firstDifference, kept, randomDisk, sourceOf } from '../../test/kit/backup.ts'
@@ -229,4 +229,33 @@ test('points with a damaged manifest are listed with their error, and do not sto
   assert.ok(third.point > points[1]!.point)
   const against = await repository.openPoint({ disk: 'vm', point })
   assert.equal(firstDifference(await contentOf(against), kept(disk)), undefined)
+})
+
+test('an object that was put in the place of another is found: manifests of other disks, packs of other repositories', async () => {
+  const random = new Random()
+  for (const password of [undefined, 'p']) {
+    await using dir = await tempDir()
+    const root = dir.file('r')
+    await using repository = await createRepository(root, { password })
+    const disk = randomDisk(random, 3 * MIB)
+    const { point } = await repository.backup(sourceOf('vm', disk))
+    await repository.backup(sourceOf('other', randomDisk(random, 3 * MIB)))
+    const manifests = (await objects(root)).filter((name) => name.startsWith('points/'))
+    const mine = manifests.find((name) => name.endsWith(point))!
+    const folder = manifests.find((name) => name !== mine)!.slice(0, -26)
+    await copyFile(join(root, mine), join(root, folder + point))
+    await assert.rejects(repository.openPoint({ disk: 'other', point }), { code: 'CORRUPT' })
+    assertNamed((await repository.verify()).findings, folder + point, 'a moved manifest')
+    await rm(join(root, folder + point))
+
+    await using foreign = await createRepository(dir.file('foreign'), { password })
+    await foreign.backup(sourceOf('vm', disk))
+    const pack = (await objects(root)).find((name) => name.startsWith('packs/'))!
+    const theirs = (await objects(dir.file('foreign'))).find((name) => name.startsWith('packs/'))!
+    const original = await readFile(join(root, pack))
+    await copyFile(join(dir.file('foreign'), theirs), join(root, pack))
+    assertNamed((await repository.verify()).findings, pack, 'a pack of another repository')
+    await writeFile(join(root, pack), original)
+    assert.deepEqual((await repository.verify()).findings, [])
+  }
 })

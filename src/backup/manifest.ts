@@ -22,6 +22,7 @@ import {
   MOST_TABLE_BYTES,
   type PageReference,
 } from './layout.ts'
+import { manifestPath } from './names.ts'
 import type { BlobStore } from './store/blob-store.ts'
 import { ulidBytes } from './ulid.ts'
 
@@ -172,10 +173,11 @@ function openFacts(bytes: Uint8Array, keys: RepositoryKeys, path: string): Manif
     throw corrupt(what, 'facts that this repository did not write (wrong MAC)')
   const packed = openSection(keys.sealing, own.seal, stored, { at: 0, aad: headerBytes }, what)
   const text = new TextDecoder().decode(unpackSection(packed, MOST_FACTS_BYTES, what))
-  return checkFacts(text, path, what)
+  return checkFacts(text, keys, path)
 }
 
-function checkFacts(text: string, path: string, what: string): ManifestFacts {
+function checkFacts(text: string, keys: RepositoryKeys, path: string): ManifestFacts {
+  const what = `manifest ${path}`
   let facts: ManifestFacts
   try {
     facts = JSON.parse(text) as ManifestFacts
@@ -185,15 +187,17 @@ function checkFacts(text: string, path: string, what: string): ManifestFacts {
   const size = (value: unknown): boolean => Number.isSafeInteger(value) && (value as number) >= 0
   if (
     typeof facts.disk !== 'string' ||
-    facts.point !== path.slice(-26) ||
     !size(facts.virtualSize) ||
     !size(facts.chunkBytes) ||
     facts.chunkBytes < 1 ||
     !size(facts.pageEntries) ||
     facts.pageEntries < 1
   ) {
-    throw corrupt(what, 'facts that do not fit it')
+    throw corrupt(what, 'facts that make no sense')
   }
+  // Whoever keeps the files cannot pass one disk's point off as another's.
+  if (manifestPath(keys, facts.disk, facts.point) !== path)
+    throw corrupt(what, `the manifest of ${facts.disk}@${facts.point}`)
   return facts
 }
 

@@ -1,42 +1,13 @@
-/** Names of disks and points, and where their manifests stand: `points/<disk>/<ulid>`. */
+/** Finds and lists points. */
 import { isVarveError, mapBounded, VarveError } from '../base/index.ts'
 import type { PointInfo, PointName } from './contract.ts'
 import type { RepositoryKeys } from './keys.ts'
 import { type ManifestFacts, readFacts } from './manifest.ts'
+import { checkDiskName, diskFolder, POINTS, pointOf } from './names.ts'
 import type { BlobStore } from './store/blob-store.ts'
 import { isUlid, ulidTime } from './ulid.ts'
 
-const PREFIX = 'points/'
-/** What a file system takes as one name, less some room for suffixes. */
-const MOST_FOLDER_NAME = 240
 const READS_UNDER_WAY = 8
-
-/** Throws USAGE unless `disk` can be the name of a disk. */
-export function checkDiskName(disk: string): void {
-  if (disk === '' || /\p{Cc}/u.test(disk) || plainFolder(disk).length > MOST_FOLDER_NAME) {
-    throw new VarveError(
-      'USAGE',
-      `Cannot use ${JSON.stringify(disk)} as the name of a disk: expected 1 to ${MOST_FOLDER_NAME} letters and no control characters`,
-    )
-  }
-}
-
-/** In an encrypted repository folder names tell nothing. */
-export function diskFolder(keys: RepositoryKeys, disk: string): string {
-  return keys.sealing === 'none' ? plainFolder(disk) : keys.opaqueName(disk)
-}
-
-function plainFolder(disk: string): string {
-  return Array.from(new TextEncoder().encode(disk), (byte, i) => {
-    const letter = String.fromCharCode(byte)
-    const plain = /[A-Za-z0-9_-]/.test(letter) || (letter === '.' && i > 0)
-    return plain ? letter : `%${byte.toString(16).toUpperCase().padStart(2, '0')}`
-  }).join('')
-}
-
-export function manifestPath(keys: RepositoryKeys, disk: string, point: string): string {
-  return `${PREFIX}${diskFolder(keys, disk)}/${point}`
-}
 
 /** Paths of all manifests, or of one disk's; sorted by folder, then by time. */
 export async function manifestPaths(
@@ -44,12 +15,8 @@ export async function manifestPaths(
   keys: RepositoryKeys,
   disk?: string,
 ): Promise<string[]> {
-  const prefix = disk === undefined ? PREFIX : `${PREFIX}${diskFolder(keys, disk)}/`
+  const prefix = disk === undefined ? POINTS : `${POINTS}${diskFolder(keys, disk)}/`
   return (await store.list(prefix)).filter((path) => isUlid(path.slice(-26)) && path.at(-27) === '/')
-}
-
-export function pointOf(path: string): string {
-  return path.slice(-26)
 }
 
 /**
@@ -134,7 +101,7 @@ export async function listPoints(
 }
 
 function folderOf(path: string): string {
-  return path.slice(PREFIX.length, -27)
+  return path.slice(POINTS.length, -27)
 }
 
 function nameOfFolder(keys: RepositoryKeys, folder: string): string {
