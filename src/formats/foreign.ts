@@ -1,6 +1,6 @@
 /**
  * Magics of image formats that varve does not read. Their files must not be taken for raw disks in silence: the
- * backup of a VMDK's container bytes would look like success and restore to nothing that boots.
+ * backup of a VDI's container bytes would look like success and restore to nothing that boots.
  *
  * A guest can write such a magic into the first sector of its own raw disk; `--format raw` is the answer there.
  */
@@ -15,9 +15,6 @@ interface Foreign {
 /** `offset` counts from the start of `head`, or back from the end of the file for `tail`. */
 const FOREIGN: readonly Foreign[] = [
   { name: 'vhdx', where: 'head', offset: 0, magic: 'vhdxfile' },
-  { name: 'vmdk (sparse extent)', where: 'head', offset: 0, magic: 'KDMV' },
-  { name: 'vmdk (ESX sparse extent)', where: 'head', offset: 0, magic: 'COWD' },
-  { name: 'vmdk (descriptor)', where: 'head', offset: 0, magic: '# Disk DescriptorFile' },
   { name: 'vdi', where: 'head', offset: 64, magic: '\x7f\x10\xda\xbe' },
   { name: 'qed', where: 'head', offset: 0, magic: 'QED\0' },
   { name: 'parallels', where: 'head', offset: 0, magic: 'WithoutFreeSpace' },
