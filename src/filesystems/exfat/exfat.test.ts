@@ -187,17 +187,20 @@ describe('exFAT', {
       // partclone knows nothing of the tail behind the last cluster.
       const tail = RangeSet.of(volume.at(volume.clusters + 2), bytes)
       const judged = (await byPartclone(image)).union(tail).clip(0, bytes)
-      assert.ok(
-        judged.equals(map.ranges),
-        `seed ${random.seed}: ${String(judged)} is not ${String(map.ranges)}`,
-      )
+      // It keeps the last cluster when that is free and those before it are used; dump.exfat counts it as free, as we do.
+      const last = RangeSet.of(volume.at(volume.clusters + 1), volume.at(volume.clusters + 2))
+      const more = judged.subtract(map.ranges).subtract(last)
+      assert.equal(String(more), '', `seed ${random.seed}: partclone keeps more`)
+      assert.equal(String(map.ranges.subtract(judged)), '', `seed ${random.seed}: partclone keeps less`)
       for (const { start, end } of free) volume.bytes.fill(0xa5, start, end)
       await writeFile(image, volume.bytes)
       await must('fsck.exfat', ['-n', image])
       // The bitmap and the entries of directories, each from its own side.
       const owned = await system.audit!({})
       const heap = RangeSet.of(volume.heap, volume.at(volume.clusters + 2))
-      assert.ok(owned.equals(map.ranges.intersect(heap)), `seed ${random.seed}: ${String(owned)}`)
+      const wanted = map.ranges.intersect(heap)
+      assert.equal(String(wanted.subtract(owned)), '', `seed ${random.seed}: in use without an owner`)
+      assert.equal(String(owned.subtract(wanted)), '', `seed ${random.seed}: owned and not in use`)
     })
   }
 
