@@ -5,7 +5,7 @@
  * the frames used last are kept. What the point does not hold reads as zeros and is `zero` in the extents.
  */
 import { throwIfAborted } from '../base/index.ts'
-import { checkRange, type Features } from '../device/index.ts'
+import { checkExtentRange, checkOpen, checkRange, type Features } from '../device/index.ts'
 import { type Extent, ExtentList, type RangeSet, RangeSetBuilder } from '../extents/index.ts'
 import type { PointDevice, PointInfo, RepositorySettings } from './contract.ts'
 import type { RepositoryKeys } from './keys.ts'
@@ -68,7 +68,8 @@ export class RepositoryPointDevice implements PointDevice {
   }
 
   async extents(offset: number, length: number, signal?: AbortSignal): Promise<readonly Extent[]> {
-    this.#use(offset, length)
+    checkOpen(this.#disposed)
+    checkExtentRange(this.size, offset, length)
     const { chunkBytes, frameBytes } = this.#tools.settings
     const list = new ExtentList()
     const end = offset + length
@@ -217,7 +218,7 @@ export class RepositoryPointDevice implements PointDevice {
   }
 
   #use(offset: number, length: number): void {
-    if (this.#disposed) throw new Error('device is disposed')
+    checkOpen(this.#disposed)
     checkRange(this.size, offset, length)
   }
 }
