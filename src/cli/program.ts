@@ -40,7 +40,7 @@ export const VERBS: readonly VerbEntry[] = [
   },
   {
     name: 'bitmap',
-    summary: 'dirty bitmaps: list them, judge them, plan for them',
+    summary: 'dirty bitmaps: list, judge, plan for and edit them',
     load: () => import('./verbs/bitmap.ts'),
   },
   { name: 'init', summary: 'make a repository', load: () => import('./verbs/init.ts') },

@@ -9,7 +9,16 @@ import { vhdFormat } from './vhd/index.ts'
 import { vmdkFormat } from './vmdk/index.ts'
 
 export * from './image-format.ts'
-export { readBitmapBits, readBitmaps, type StoredBitmap, type StoredBitmaps } from './qcow2/index.ts'
+export {
+  BitmapEditor,
+  type BitmapRepair,
+  type NewBitmap,
+  readBitmapBits,
+  readBitmaps,
+  repairBitmaps,
+  type StoredBitmap,
+  type StoredBitmaps,
+} from './qcow2/index.ts'
 
 /** In the order of probing; raw, which has no magic, is last. */
 export const FORMATS: readonly ImageFormat[] = [qcow2Format, vhdFormat, vmdkFormat, rawFormat]

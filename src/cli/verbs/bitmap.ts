@@ -12,6 +12,7 @@ import {
   nodeChain,
   nodeReport,
 } from '../bitmap-chain.ts'
+import { addEdits } from '../bitmap-edit.ts'
 import { type ImageOptions } from '../image.ts'
 import { type Output, printable } from '../output.ts'
 import { table } from '../table.ts'
@@ -23,14 +24,18 @@ interface Json {
 }
 
 export const verb: Verb = (command, host) => {
-  const verbs = [addList, addCheck, addPlan].map((add) => add(command, host))
+  const verbs = [...[addList, addCheck, addPlan].map((add) => add(command, host)), ...addEdits(command, host)]
   command
     .allowExcessArguments(true)
     .usage('SUBCOMMAND [OPTIONS] …')
     .addHelpText(
       'after',
       helpText({
-        examples: ['bitmap list web01.qcow2', 'bitmap check web01.qcow2 daily'],
+        examples: [
+          'bitmap list web01.qcow2',
+          'bitmap check web01.qcow2 daily',
+          'bitmap add web01.qcow2 daily',
+        ],
         exits: { 12: 'a bitmap is not valid, or the image is corrupt' },
       }),
     )

@@ -27,7 +27,7 @@ export const MAX_GRANULARITY_BITS = 31
 export const MAX_BITMAP_NAME_BYTES = 1023
 /** QEMU's limits on one bitmap: entries of its table, and its bytes. */
 const MAX_TABLE_ENTRIES = 0x800_0000
-const MAX_BITMAP_BYTES = 0x2000_0000
+export const MAX_BITMAP_BYTES = 0x2000_0000
 /** The only type there is: dirty tracking. */
 export const DIRTY_TRACKING = 1
 /** Fixed part of a directory entry. */

@@ -13,6 +13,7 @@ import { isQcow2 } from './layout.ts'
 import { Qcow2Layer } from './qcow2-layer.ts'
 import { Qcow2Writer } from './qcow2-writer.ts'
 
+export { BitmapEditor, type BitmapRepair, type NewBitmap, repairBitmaps } from './bitmap-editor.ts'
 export {
   readBitmapBits,
   readBitmaps,
