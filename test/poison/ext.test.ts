@@ -118,6 +118,7 @@ describe('ext survives poison', { skip: SKIP }, () => {
   for (const mkfs of CLEAN) {
     test(`clean: mke2fs ${mkfs.join(' ')}`, async (context) => {
       const { seed } = new Random()
+      context.diagnostic(`seed ${seed}`)
       await using area = await scratch()
       const image = area.file('image')
       await make(image, mkfs, 192)
@@ -128,7 +129,7 @@ describe('ext survives poison', { skip: SKIP }, () => {
       const used = await usedOf(image)
       assert.equal(used.trust, 'exact')
       const { files } = await assertSurvivesPoison(subject(image, used))
-      context.diagnostic(`${files} files, seed ${seed}`)
+      context.diagnostic(`${files} files`)
     })
   }
 
@@ -152,6 +153,7 @@ describe('ext survives poison', { skip: SKIP }, () => {
   for (const variant of VARIANTS) {
     test(`frozen under load: ${variant.name}`, async (context) => {
       const { seed } = new Random()
+      context.diagnostic(`seed ${seed}`)
       await using area = await scratch()
       const image = area.file('image')
       await make(image, variant.mkfs, variant.mib)
@@ -190,9 +192,7 @@ describe('ext survives poison', { skip: SKIP }, () => {
         assert.equal(used.trust, 'replayed')
         const { size } = await stat(copy)
         const { files, poisonedBytes } = await assertSurvivesPoison(subject(copy, used))
-        context.diagnostic(
-          `${files} files, ${poisonedBytes >> 20} MiB poisoned of ${size >> 20}, seed ${seed}`,
-        )
+        context.diagnostic(`${files} files, ${poisonedBytes >> 20} MiB poisoned of ${size >> 20}`)
         // e2fsck 1.47.0 leaves a superblock with a wrong checksum after a replay with fast commits.
         if (variant.name !== 'fast commit') await compareWithReplay(copy, used)
       }

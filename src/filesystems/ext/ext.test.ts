@@ -28,6 +28,8 @@ const VARIANTS: readonly Variant[] = [
   { name: 'ext4 default', kind: 'ext4', args: ['-t', 'ext4'], mib: 512 },
   { name: 'ext4 1k blocks', kind: 'ext4', args: ['-t', 'ext4', '-b', '1024'], mib: 256 },
   { name: 'ext4 2k blocks', kind: 'ext4', args: ['-t', 'ext4', '-b', '2048'], mib: 300 },
+  { name: 'ext4 8k blocks', kind: 'ext4', args: ['-t', 'ext4', '-b', '8192'], mib: 1500 },
+  { name: 'ext4 64k blocks', kind: 'ext4', args: ['-t', 'ext4', '-b', '65536'], mib: 9000 },
   { name: 'ext4 without 64bit', kind: 'ext4', args: ['-t', 'ext4', '-O', '^64bit'], mib: 512 },
   {
     name: 'ext4 with crc16 descriptors',

@@ -9,11 +9,11 @@
  * - Where the kernel would refuse to mount (a checksum wrong inside a committed transaction, an impossible
  *   superblock) the file system is not trusted, whatever could be saved.
  * - Only blocks that are asked for are held in memory (`apply`); of the others the log's tags are kept, 32 bytes
- *   each, and the journal itself is bounded by LIMITS.journalBytes.
+ *   each, and its live part is bounded by LIMITS.journalBytes.
  * - The whole live log is read once, in large pieces, where its blocks carry checksums; without checksums only the
  *   descriptors and the blocks asked for are.
  */
-import { LIMITS, throwIfAborted, VarveError } from '../../base/index.ts'
+import { LIMITS, throwIfAborted, VarveError, within } from '../../base/index.ts'
 import { type BlockDevice, type OverlayDevice, readBytes } from '../../device/index.ts'
 import { NotTrusted } from '../file-system.ts'
 import { type FastCommitScan, scanFastCommits } from './fast-commit.ts'
@@ -45,6 +45,8 @@ import { type GroupDescriptors, has, hasMetadataCsum, INCOMPAT, type Superblock 
 import { aboutOf } from './superblock.ts'
 
 const READ_BYTES = 262_144
+/** The largest that mke2fs makes. */
+const MAX_JOURNAL_BLOCKS = 10_240_000
 /** How far past the end of the log signs of damage are looked for: the largest transaction of a small journal. */
 const LOOK_AHEAD_BLOCKS = 256
 
@@ -158,7 +160,8 @@ export class Journal {
     if (inode.linksCount === 0 || (inode.mode & MODE.mask) !== MODE.file) {
       throw untrusted(fs, `inode ${fs.journalInum} which is no file`)
     }
-    if (inode.size > LIMITS.journalBytes) throw untrusted(fs, `a journal of ${inode.size} bytes`)
+    const blocks = Math.floor(inode.size / fs.blockBytes)
+    if (blocks > MAX_JOURNAL_BLOCKS) throw untrusted(fs, `a journal of ${blocks} blocks`)
     const runs: LogRun[] = []
     let mapped = 0
     for await (const run of blockRuns(device, fs, inode, signal)) {
@@ -167,13 +170,12 @@ export class Journal {
       if (run.logical !== mapped || run.unwritten) break
       runs.push({ logical: run.logical, physical: run.physical, blocks: run.blocks })
       mapped += run.blocks
-      if (mapped * fs.blockBytes > LIMITS.journalBytes) break
+      if (mapped >= blocks) break
     }
     const first = runs[0]
     if (!first) throw untrusted(fs, 'a journal without blocks')
     const sb = decodeJournalSuperblock(await readBytes(device, first.physical * fs.blockBytes, 1024, signal))
-    const blocks = Math.min(mapped, Math.floor(inode.size / fs.blockBytes))
-    const end = checkJournalSuperblock(fs, sb, blocks)
+    const end = checkJournalSuperblock(fs, sb, Math.min(mapped, blocks))
     return new Journal(fs, sb, new LogReader(device, fs.blockBytes, runs, signal), end)
   }
 
@@ -457,6 +459,7 @@ class Scan {
     if (this.#seen > this.#end - this.#sb.first) {
       throw this.#untrusted('a log that leads back into itself')
     }
+    within(this.#seen * this.#fs.blockBytes, LIMITS.journalBytes, 'the live part of a journal')
     this.#at += blocks
     if (this.#at >= this.#end) this.#at -= this.#end - this.#sb.first
   }
