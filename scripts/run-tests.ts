@@ -30,21 +30,40 @@ const seconds = new Map<string, number>()
 const seen = new Set<string>()
 const started = performance.now()
 
-const stream = run({ files, concurrency: Math.max(2, availableParallelism()), timeout: 900_000, cwd: root })
+const failedFiles = new Set<string>()
+/** The last that each file's process printed, for a file that fails as a whole. */
+const printed = new Map<string, string>()
+
+const stream = run({
+  files,
+  concurrency: Math.max(2, availableParallelism()),
+  timeout: 900_000,
+  cwd: root,
+})
 for await (const event of stream) {
   if (event.type === 'test:stderr' || event.type === 'test:stdout') {
-    if (process.env['VARVE_TEST_OUTPUT']) process.stderr.write(event.data.message)
+    const { file, message } = event.data
+    printed.set(file, ((printed.get(file) ?? '') + message).slice(-4000))
+    if (process.env['VARVE_TEST_OUTPUT']) process.stderr.write(message)
     continue
   }
   if (event.type !== 'test:pass' && event.type !== 'test:fail') continue
   const { data } = event
-  const file = data.file ? relative(root, data.file) : '?'
+  // `file` is where a test is written down, which for a shared suite is not the file that ran.
+  const path = (data as { entryFile?: string }).entryFile ?? data.file ?? ''
+  const file = relative(root, path)
+  const { error } = data.details as { error?: unknown }
   if (data.details.type === 'suite') {
-    if (event.type === 'test:fail' && !isFromSubtests(data.details.error))
-      report(file, data.name, data.details.error)
+    if (event.type === 'test:fail' && !isFromSubtests(error)) report(file, data.name, error)
     continue
   }
-  seen.add(data.file ?? '')
+  // The file's process itself: it fails when a test of it does, which was reported then.
+  if (data.name === path) {
+    if (event.type === 'test:fail' && !failedFiles.has(file))
+      report(file, 'the file', printed.get(path) ?? error)
+    continue
+  }
+  seen.add(path)
   seconds.set(file, (seconds.get(file) ?? 0) + data.details.duration_ms / 1000)
   if (data.skip !== undefined && data.skip !== false) {
     counts.skipped++
@@ -52,8 +71,8 @@ for await (const event of stream) {
     skips.set(reason, (skips.get(reason) ?? 0) + 1)
   } else if (event.type === 'test:pass') {
     counts.passed++
-  } else if (!isFromSubtests(data.details.error)) {
-    report(file, data.name, data.details.error)
+  } else if (!isFromSubtests(error)) {
+    report(file, data.name, error)
   }
 }
 
@@ -63,6 +82,7 @@ function isFromSubtests(error: unknown): boolean {
 
 function report(file: string, name: string, error: unknown): void {
   counts.failed++
+  failedFiles.add(file)
   console.log(`\nFAILED ${file}: ${name}`)
   console.log(inspect((error as { cause?: unknown } | undefined)?.cause ?? error, { depth: 4 }))
 }
