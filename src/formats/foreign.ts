@@ -14,7 +14,6 @@ interface Foreign {
 
 /** `offset` counts from the start of `head`, or back from the end of the file for `tail`. */
 const FOREIGN: readonly Foreign[] = [
-  { name: 'vhdx', where: 'head', offset: 0, magic: 'vhdxfile' },
   { name: 'vdi', where: 'head', offset: 64, magic: '\x7f\x10\xda\xbe' },
   { name: 'qed', where: 'head', offset: 0, magic: 'QED\0' },
   { name: 'parallels', where: 'head', offset: 0, magic: 'WithoutFreeSpace' },

@@ -6,6 +6,7 @@ import type { ImageFormat } from './image-format.ts'
 import { qcow2Format } from './qcow2/index.ts'
 import { rawFormat } from './raw/index.ts'
 import { vhdFormat } from './vhd/index.ts'
+import { vhdxFormat } from './vhdx/index.ts'
 import { vmdkFormat } from './vmdk/index.ts'
 
 export * from './image-format.ts'
@@ -21,7 +22,7 @@ export {
 } from './qcow2/index.ts'
 
 /** In the order of probing; raw, which has no magic, is last. */
-export const FORMATS: readonly ImageFormat[] = [qcow2Format, vhdFormat, vmdkFormat, rawFormat]
+export const FORMATS: readonly ImageFormat[] = [qcow2Format, vhdFormat, vhdxFormat, vmdkFormat, rawFormat]
 
 /** The format of this name or alias, in any case of letters; undefined when there is none. */
 export function formatByName(name: string): ImageFormat | undefined {
