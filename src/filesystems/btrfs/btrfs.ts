@@ -25,6 +25,7 @@ import {
   decodeSystemChunks,
   FIRST_BYTES,
   ITEM,
+  isBeingDropped,
   isSuperBlock,
   type RootItem,
   SUPER_BYTES,
@@ -189,7 +190,33 @@ class SharedBtrfs {
     const trees = await this.#openTrees()
     const { used } = await this.#fromExtentTree(trees, context)
     const log = this.#sb.logRoot === 0 ? RangeSet.empty : await this.#fromLogTrees(trees, context)
-    return trees.chunks.project(used.union(log))
+    return trees.chunks.project(used.union(log).union(await this.#fromEveryTree(trees, context)))
+  }
+
+  /** Nodes of every tree but the logs, and the extents that files own; the extent tree is not asked. */
+  async #fromEveryTree(trees: Trees, context: Context): Promise<RangeSet> {
+    const sb = this.#sb
+    const used = new RangeSetBuilder()
+    const seen = new Set<number>()
+    const mark = (node: { bytenr: number }): void => void used.add(node.bytenr, node.bytenr + sb.nodeBytes)
+    const roots: RootItem[] = [
+      { bytenr: sb.chunkRoot, level: sb.chunkRootLevel, generation: sb.chunkRootGeneration },
+    ]
+    const top = { bytenr: sb.root, level: sb.rootLevel, generation: sb.generation }
+    for await (const { key, data } of trees.items(top, mark, seen)) {
+      if (key.type !== ITEM.root || key.objectid === TREE.relocation || isBeingDropped(data)) continue
+      roots.push(decodeRootItem(data))
+    }
+    for (const root of roots) {
+      for await (const { key, data } of trees.items(root, mark, seen)) {
+        throwIfAborted(context.signal)
+        // Type 0 is inline; of the others, address 0 is a hole.
+        if (key.type !== ITEM.extentData || data.u8(20) === 0) continue
+        const start = data.size64(21, 'extent address')
+        if (start !== 0) used.add(start, start + data.size64(29, 'extent length'))
+      }
+    }
+    return used.build()
   }
 
   async #computeUsed(context: Context): Promise<SharedUsed> {

@@ -14,7 +14,12 @@ export const SUPER_RESERVED = 65536
 export const FIRST_BYTES = 1_048_576
 export const MAGIC = '_BHRfS_M'
 
-export const TREE = { extent: 2n, freeSpace: 10n } as const
+export const TREE = {
+  extent: 2n,
+  freeSpace: 10n,
+  /** A copy that a balance works on: -8. */
+  relocation: 0xfffffffffffffff8n,
+} as const
 
 export const ITEM = {
   inode: 1,
@@ -245,6 +250,11 @@ export interface RootItem {
   readonly bytenr: number
   readonly level: number
   readonly generation: bigint
+}
+
+/** True while a deleted subvolume is taken apart: some of what its tree points to is free already. */
+export function isBeingDropped(rootItem: Bytes): boolean {
+  return rootItem.u32(216) === 0
 }
 
 export function decodeRootItem(data: Bytes): RootItem {

@@ -42,10 +42,18 @@ export class Trees {
     this.chunks = chunks
   }
 
-  /** Every item of a tree, leaf by leaf. `node` is called for each node on the way. */
-  async *items(root: RootItem, node?: (node: Node) => void): AsyncGenerator<Item> {
+  /**
+   * Every item of a tree, leaf by leaf. `node` is called for each node on the way. Nodes in `seen` are left out, with
+   * all below them, and those that are read are put into it: snapshots share most of theirs.
+   */
+  async *items(root: RootItem, node?: (node: Node) => void, seen?: Set<number>): AsyncGenerator<Item> {
     let level: Wanted[] = [root]
     for (let height = root.level; ; height--) {
+      if (seen) {
+        level = level.filter(({ bytenr }) => !seen.has(bytenr))
+        for (const { bytenr } of level) seen.add(bytenr)
+        if (level.length === 0) return
+      }
       const nodes = await this.#readAll(level)
       for (const one of nodes) node?.(one)
       if (height === 0) {
