@@ -4,6 +4,7 @@ import { link, mkdir, readFile, rename, rm, symlink, truncate, writeFile } from 
 import { describe, test } from 'node:test'
 import { must, needs, patternAt, Random, tempDir } from '../../test/kit/index.ts'
 import { makeVhd, RECIPE_UUID, tapLocators, type VhdRecipe } from '../../test/kit/vhd-recipe.ts'
+import { makeVhdx, WRITE_GUID } from '../../test/kit/vhdx-recipe.ts'
 import { type ErrorCode, isVarveError } from '../base/index.ts'
 import { readBytes } from '../device/index.ts'
 import { checkExtents } from '../extents/index.ts'
@@ -417,6 +418,39 @@ describe('a chain of VMDKs', hasQemu, () => {
       await refuses('BACKING_DENIED', /data file/, () => opened(openDisk(base)))
     }
   })
+})
+
+test('a chain of VHDXs: sectors come from the child or the parent, which must be the one recorded', async () => {
+  await using dir = await tempDir()
+  const size = 4 * 1024 * 1024
+  const base = makeVhdx({ size, blocks: new Map([0, 1, 2, 3].map((block) => [block, 6])) })
+  const present = (sector: number): boolean => sector % 5 === 0
+  const child = (linkage: string): Buffer => {
+    const parent = { parent_linkage: `{${linkage}}`, relative_path: '.\\base.vhdx' }
+    const states = new Map([
+      [0, 7],
+      [1, 2],
+      [3, 6],
+    ])
+    return makeVhdx({ size, blocks: states, present, parent }).bytes
+  }
+  // The child's bytes are those of the parent, turned over, so that it shows whose they are.
+  const bytes = child(WRITE_GUID.toLowerCase())
+  const expected = base.expected.slice()
+  expected.fill(0, size / 4, size / 2)
+  for (let at = 5 * 1024 * 1024; at < bytes.length; at++) bytes[at]! ^= 0xff
+  for (let at = 0; at < size; at++) {
+    if (at >= (size / 4) * 3 || (at < size / 4 && present(Math.floor(at / 512)))) expected[at]! ^= 0xff
+  }
+  await writeFile(dir.file('base.vhdx'), base.bytes)
+  await writeFile(dir.file('child.vhdx'), bytes)
+  {
+    await using disk = await openDisk(dir.file('child.vhdx'))
+    assert.equal(disk.layers.length, 2)
+    assert.equal(Buffer.compare(await readBytes(disk, 0, size), expected), 0)
+  }
+  await writeFile(dir.file('child.vhdx'), child('00000000-0000-4000-8000-000000000001'))
+  await refuses('MISMATCH', /identity/, () => opened(openDisk(dir.file('child.vhdx'))))
 })
 
 describe('path policy', hasQemu, () => {

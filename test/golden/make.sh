@@ -80,4 +80,6 @@ qemu-img convert -q -c -O qcow2 "$out/image-v3.qcow2" "$out/image-deflate.qcow2"
 qemu-img convert -q -c -O qcow2 -o compression_type=zstd "$out/image-v3.qcow2" "$out/image-zstd.qcow2"
 qemu-img snapshot -c one "$out/image-v3.qcow2"; qemu-io -c 'write -P 0x44 64k 64k' "$out/image-v3.qcow2" >/dev/null
 img vpc image-dynamic.vhd subformat=dynamic
+img vmdk image-sparse.vmdk subformat=monolithicSparse,zeroed_grain=on
+qemu-img convert -q -O vmdk -o subformat=streamOptimized "$out/image-sparse.vmdk" "$out/image-stream.vmdk"
 ls -l "$out"
