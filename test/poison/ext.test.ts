@@ -103,6 +103,22 @@ function subject(image: string, used: UsedMap): PoisonSubject {
 }
 
 /**
+ * For fast commits: the kernel's own replay of them leaves counts that e2fsck corrects, now and then, so the poisoned
+ * copy must be just as the untouched one, whatever e2fsck says of that.
+ */
+function subjectAsKernelLeavesIt(image: string, used: UsedMap): PoisonSubject {
+  const said: string[] = []
+  return {
+    ...subject(image, used),
+    async check(copy) {
+      const result = await run('e2fsck', ['-fn', copy])
+      said.push(`exit ${result.code}: ${result.stdout.toString().replaceAll(copy, 'image')}`)
+      if (said.length > 1) assert.equal(said[1], said[0], 'e2fsck finds the same with and without poison')
+    },
+  }
+}
+
+/**
  * True when the live log runs over the end of the journal: `logdump` goes through it in order. `-c`: bitmaps, whose
  * checksums need not fit before the replay, are not asked.
  */
@@ -176,11 +192,15 @@ describe('ext survives poison', { skip: SKIP }, () => {
               await setTimeout(variant.wrapped ? 200 : 400)
               const copy = area.file(`frozen-${i}`)
               await snapshot(image, copy)
-              if (!variant.wrapped || (await logIsWrapped(copy))) {
+              // A moment with an empty journal shows nothing of the replay.
+              const wanted = variant.wrapped
+                ? await logIsWrapped(copy)
+                : (await usedOf(copy)).trust === 'replayed'
+              if (wanted) {
                 frozen.push(copy)
                 break
               }
-              assert.ok(attempt < 100, 'the log wraps sooner or later')
+              assert.ok(attempt < 100, 'the journal is in use (and wraps) sooner or later')
             }
           }
         } finally {
@@ -191,7 +211,9 @@ describe('ext survives poison', { skip: SKIP }, () => {
         const used = await usedOf(copy)
         assert.equal(used.trust, 'replayed')
         const { size } = await stat(copy)
-        const { files, poisonedBytes } = await assertSurvivesPoison(subject(copy, used))
+        const { files, poisonedBytes } = await assertSurvivesPoison(
+          variant.name === 'fast commit' ? subjectAsKernelLeavesIt(copy, used) : subject(copy, used),
+        )
         context.diagnostic(`${files} files, ${poisonedBytes >> 20} MiB poisoned of ${size >> 20}`)
         // e2fsck 1.47.0 leaves a superblock with a wrong checksum after a replay with fast commits.
         if (variant.name !== 'fast commit') await compareWithReplay(copy, used)
