@@ -78,6 +78,7 @@ export class BlockMap {
       map.#judge(done / 8, piece, parts.taken)
     }
     map.#checkBitmaps()
+    map.#checkOverlaps()
     return map
   }
 
@@ -240,6 +241,26 @@ export class BlockMap {
       if (this.#bitmapPlaces[Math.floor(block / this.shape.chunkRatio)] === 0) {
         throw corrupt('BAT', `block ${block} partly present without a sector bitmap`, 'one')
       }
+    }
+  }
+
+  /** Blocks and bitmaps over each other would give one of them the bytes of the other. */
+  #checkOverlaps(): void {
+    const blockMiB = this.metadata.blockBytes / MIB
+    // One number each, so that the sort is one of numbers: place, then length, both in MiB.
+    const spans: number[] = []
+    for (let block = 0; block < this.#places.length; block++) {
+      const place = this.#places[block]!
+      const needed = Math.ceil((this.size - block * this.metadata.blockBytes) / MIB)
+      if (place !== 0) spans.push(place * 1024 + Math.min(blockMiB, needed))
+    }
+    for (const place of this.#bitmapPlaces) if (place !== 0) spans.push(place * 1024 + 1)
+    const sorted = Float64Array.from(spans).sort()
+    let end = 0
+    for (const span of sorted) {
+      const place = Math.floor(span / 1024)
+      if (place < end) throw corrupt('BAT', `two blocks at byte ${place * MIB}`, 'one')
+      end = place + (span % 1024)
     }
   }
 }

@@ -322,6 +322,12 @@ describe('VHDX by recipe', () => {
     ],
     ['a missing item', (m: MadeVhdx) => m.bytes.writeUInt16LE(4, 2 * MIB + 10), 'CORRUPT', /physical/],
     [
+      'two blocks at one place',
+      (m: MadeVhdx) => m.bytes.copy(m.bytes, m.batOffset, m.batOffset + 8, m.batOffset + 16),
+      'CORRUPT',
+      /two blocks/,
+    ],
+    [
       'a cut file',
       (m: MadeVhdx) => ({ bytes: m.bytes.subarray(0, m.bytes.length - 512) }),
       'CORRUPT',
