@@ -15,8 +15,8 @@ import { join } from 'node:path'
 import { describe, test } from 'node:test'
 import { setTimeout } from 'node:timers/promises'
 import { openHostFile } from '../../src/device/index.ts'
-import type { RangeSet } from '../../src/extents/index.ts'
-import type { UsedMap } from '../../src/filesystems/index.ts'
+import { RangeSet } from '../../src/extents/index.ts'
+import { NotTrusted, type UsedMap } from '../../src/filesystems/index.ts'
 import { XfsFileSystem, xfsType } from '../../src/filesystems/xfs/index.ts'
 import { decodeSuperblock } from '../../src/filesystems/xfs/layout.ts'
 import { must, needs, needsRoot, Random, run, tempDir } from '../kit/index.ts'
@@ -89,7 +89,8 @@ describe('XFS at odd moments', { skip }, () => {
       const { head } = await logEnds(snapshot)
       await makeStale(snapshot, back, head)
       assert.notEqual((await logEnds(snapshot)).head, head, 'the head has moved')
-      await judge(snapshot, `${name}, seed ${random.seed}`)
+      // Inodes written back after the records that are gone now may contradict those that are left.
+      await judge(snapshot, `${name}, seed ${random.seed}`, { auditMayRefuse: back > 1 })
     })
   }
 
@@ -236,8 +237,12 @@ async function logEnds(image: string): Promise<{ tail: number; head: number }> {
   return { tail: Number(tail), head: Number(head) }
 }
 
-async function judge(snapshot: string, what: string): Promise<void> {
-  const { map, owned } = await usedMap(snapshot)
+async function judge(
+  snapshot: string,
+  what: string,
+  { auditMayRefuse = false }: { auditMayRefuse?: boolean } = {},
+): Promise<void> {
+  const { map, owned } = await usedMap(snapshot, auditMayRefuse)
   assert.equal(map.trust, 'replayed', what)
 
   const poisoned = `${snapshot}-poisoned`
@@ -257,8 +262,12 @@ async function judge(snapshot: string, what: string): Promise<void> {
     assert.equal(repair.code, 0, `xfs_repair of ${image} (${what}): ${repair.stderr}`)
   }
 
-  assert.ok(owned.size > 100_000, what)
-  assert.equal(owned.subtract(map.ranges).toString(), '', `owned by an inode and not in the map (${what})`)
+  assert.ok(owned === undefined || owned.size > 100_000, what)
+  assert.equal(
+    (owned ?? RangeSet.empty).subtract(map.ranges).toString(),
+    '',
+    `owned by an inode and not in the map (${what})`,
+  )
 
   // What the kernel has after the recovery, but for blocks that it took anew while at it.
   const { btree, freeLists } = await freeByXfsDb(recovered)
@@ -269,11 +278,21 @@ async function judge(snapshot: string, what: string): Promise<void> {
   await rm(recovered)
 }
 
-async function usedMap(image: string): Promise<{ map: UsedMap; owned: RangeSet }> {
+async function usedMap(
+  image: string,
+  auditMayRefuse: boolean,
+): Promise<{ map: UsedMap; owned: RangeSet | undefined }> {
   await using device = await openHostFile(image)
   const fileSystem = await xfsType.open(device, {})
   assert.ok(fileSystem instanceof XfsFileSystem)
-  return { map: await fileSystem.used({}), owned: await fileSystem.audit({}) }
+  const map = await fileSystem.used({})
+  try {
+    return { map, owned: await fileSystem.audit({}) }
+  } catch (error) {
+    if (auditMayRefuse && error instanceof NotTrusted && error.reason === 'xfs-inode')
+      return { map, owned: undefined }
+    throw error
+  }
 }
 
 async function poison(image: string, map: UsedMap): Promise<number> {
