@@ -169,7 +169,7 @@ describe('audit', () => {
       const audited = await region(true)
       assert.equal(audited.trust, 'assumed')
       assert.equal(audited.reason?.code, 'audit-mismatch', audited.reason?.text)
-      assert.match(audited.reason.text, new RegExp(`first at ${at}$`))
+      assert.match(audited.reason?.text ?? '', new RegExp(`first at ${at}$`))
       assert.equal(audited.inUseBytes, bytes)
     })
   }
