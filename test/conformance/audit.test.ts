@@ -159,16 +159,16 @@ describe('audit', () => {
         return { ranges: map.ranges, ...map.regions[0]! }
       }
       const whole = await region(true)
-      assert.equal(whole.trust, 'exact', whole.reason?.text)
+      assert.equal(whole.trust, 'exact', whole.reason?.text ?? 'not exact')
       assert.equal(whole.state, 'clean; audited')
 
       const at = await breakIt({ image, folder })
       const unaudited = await region(false)
-      assert.equal(unaudited.trust, 'exact', unaudited.reason?.text)
+      assert.equal(unaudited.trust, 'exact', unaudited.reason?.text ?? 'not exact')
       assert.ok(!unaudited.ranges.has(at), 'the map lacks the block')
       const audited = await region(true)
       assert.equal(audited.trust, 'assumed')
-      assert.equal(audited.reason?.code, 'audit-mismatch', audited.reason?.text)
+      assert.equal(audited.reason?.code, 'audit-mismatch', audited.reason?.text ?? 'no reason')
       assert.match(audited.reason?.text ?? '', new RegExp(`first at ${at}$`))
       assert.equal(audited.inUseBytes, bytes)
     })
