@@ -71,7 +71,7 @@ describe('cost of a map', () => {
       const device = new CountingDevice(file)
       const map = await mapInUse(device)
       const { reads, bytesRead } = device.counts
-      assert.equal(map.regions[0]!.trust, 'exact', map.regions[0]!.reason?.text)
+      assert.equal(map.regions[0]!.trust, 'exact', map.regions[0]!.reason?.text ?? '')
       assert.ok(map.inUseBytes > inUse[0] && map.inUseBytes < inUse[1], `${map.inUseBytes} in use`)
       assert.ok(reads <= mostReads, `${reads} reads`)
       assert.ok(bytesRead <= mostBytes, `${bytesRead} bytes`)

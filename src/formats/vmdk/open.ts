@@ -72,7 +72,7 @@ async function openParts(
     for (const extent of descriptor.extents) parts.push(await openPart(extent, options))
     return layerOf(descriptor, new ConcatDevice(parts), parts, file)
   } catch (error) {
-    for (const part of parts) await part[Symbol.asyncDispose]().catch(() => {})
+    await Promise.allSettled(parts.map((part) => part[Symbol.asyncDispose]()))
     throw error
   }
 }
