@@ -24,6 +24,16 @@ async function bigImage(path: string, mebibytes: number): Promise<void> {
   await file.close()
 }
 
+/** Long options of a verb and of all that stands below it. */
+async function optionsOf(words: readonly string[]): Promise<string[]> {
+  const help = await ok([...words, '--help'])
+  const options = [...help.matchAll(/^ +(?:-\w, )?(--[a-z-]+)/gm)].map((match) => match[1]!)
+  const below = help.split(/^Commands:$/m)[1]?.split(/^\S/m)[0] ?? ''
+  for (const [, word] of below.matchAll(/^ {2}([a-z]+) /gm))
+    options.push(...(await optionsOf([...words, word!])))
+  return options
+}
+
 async function folderBytes(path: string): Promise<number> {
   let total = 0
   for (const entry of await readdir(path, { recursive: true, withFileTypes: true })) {
@@ -267,9 +277,7 @@ describe('the command line', () => {
     for (const { name } of VERBS) {
       const section = page.split(/^## /m).find((part) => part.startsWith(`varve ${name}`))
       assert.ok(section, `docs/cli.md has a section "varve ${name}"`)
-      const options = [...(await ok([name, '--help'])).matchAll(/^ +(?:-\w, )?(--[a-z-]+)/gm)].map(
-        (match) => match[1]!,
-      )
+      const options = await optionsOf([name])
       assert.ok(options.length > 1)
       const common = page.split(/^## /m).find((part) => part.startsWith('Common'))!
       for (const option of options) {
