@@ -348,7 +348,7 @@ describe('IMAGE', () => {
     const found = await okJson<Inspected>(['inspect', '--format', 'raw', dir.file('odd.raw')])
     assert.equal(found.image.format, 'raw')
     assert.equal(found.virtualSize, 2 * MIB)
-    await writeFile(dir.file('foreign.raw'), Buffer.concat([Buffer.from('KDMV\x01\0\0\0'), bytes]))
+    await writeFile(dir.file('foreign.raw'), Buffer.concat([Buffer.from('QED\0'), bytes]))
     const error = await fails(['map', dir.file('foreign.raw')], { code: 'UNSUPPORTED', exit: 13 })
     assert.match(error.hint, /--format raw/)
   })

@@ -12,7 +12,7 @@ export const GOLDEN: string = join(ROOT, 'test/golden')
 
 /** What the person's shell may carry must not decide a test. */
 const CLEAN: Record<string, string> = { VARVE_REPO: '', VARVE_PASSWORD: '', VARVE_DEBUG: '' }
-for (const name of ['NO_COLOR', 'FORCE_COLOR', 'NODE_OPTIONS']) delete process.env[name]
+for (const name of ['CI', 'NO_COLOR', 'FORCE_COLOR', 'NODE_OPTIONS']) delete process.env[name]
 
 export interface Ran {
   readonly code: number

@@ -89,7 +89,7 @@ function addFiles(volume: Volume, random: Random): RangeSet {
   let slot = volume.root
   while (bytes[slot] !== 0) slot += 32
   const end = volume.root + clusterBytes
-  for (let file = 0; file < 12 && slot + 4 * 32 <= end; file++, slot += 96) {
+  for (let file = 0; file < 12 && slot + 4 * 32 <= end; file++) {
     const contiguous = random.below(2) === 0
     const length = 1 + random.below(6)
     const from = random.below(free.length - 2 * length)
@@ -122,6 +122,8 @@ function addFiles(volume: Volume, random: Random): RangeSet {
       if (i !== 2 && i !== 3) sum = (((sum << 15) | (sum >>> 1)) + bytes[slot + i]!) & 0xffff
     }
     view.setUint16(slot + 2, sum, true)
+    // Only now: an entry of zeros in between would end the directory.
+    slot += 96
   }
   return RangeSet.from(content)
 }
