@@ -14,8 +14,11 @@ const root = join(import.meta.dirname, '..')
 const varve = join(root, 'bin/varve')
 const started = performance.now()
 const folder = await mkdtemp(join(tmpdir(), 'varve-example-'))
-// A Ctrl-C reaches the command that runs; its exit code ends the example.
-process.on('SIGINT', () => {})
+// A Ctrl-C reaches the command that runs, which ends cleanly; one that comes while none runs ends the example too.
+let interrupted = false
+process.on('SIGINT', () => {
+  interrupted = true
+})
 
 function say(text: string): void {
   console.log(`\n${styleText('cyan', '▌')} ${text}`)
@@ -41,7 +44,7 @@ async function run(args: readonly string[], { quiet = false }: Run = {}): Promis
   })
   const code = await new Promise<number>((resolve, reject) => {
     child.on('error', reject)
-    child.on('close', (status) => resolve(status ?? 1))
+    child.on('close', (status) => resolve(interrupted ? 130 : (status ?? 1)))
   })
   if (code !== 0) {
     console.error(
